@@ -1,0 +1,50 @@
+# Folio: a GPT from a blank page to an aligned assistant.
+#
+#   make all        the four stages on the realm of Arden, then a table
+#   make test       the tests
+#   make pretrain | sft | reward | rlhf [PROFILE=arden|shakespeare|own] [DATA=path] [ARGS="--seed 1"]
+#   make chat [STAGE=sft]
+#   make check      style, lint and types
+
+PROFILE ?= arden
+ACCELERATE ?= single
+STAGE ?=
+ARGS ?=
+PYTHON ?= python3
+export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+
+BIN := .venv/bin
+LAUNCH = $(BIN)/accelerate launch --quiet --config_file configs/accelerate/$(ACCELERATE).yaml
+STAGES := pretrain sft reward rlhf
+
+.PHONY: setup test check all chat clean $(STAGES)
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(STAGES): setup
+	$(LAUNCH) -m $@ --config configs/$(PROFILE)/$@.yaml $(if $(DATA),--data $(DATA)) $(ARGS)
+
+all: setup
+	@for stage in $(STAGES); do $(MAKE) --no-print-directory $$stage || exit 2; done
+	$(BIN)/python -m common.report out/$(PROFILE)
+
+chat: setup
+	$(BIN)/python -m common.chat out/$(PROFILE) $(if $(STAGE),--stage $(STAGE))
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf out/$(PROFILE)

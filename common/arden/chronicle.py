@@ -1,0 +1,154 @@
+"""The chronicle of Arden: what the base model reads.
+
+Documents are independent draws: an almanac entry of a person, a letter, a scene in play form, a
+note on a place, a saying. Scenes ask a question of one person and are answered with the fact;
+others ask after a stranger, a new name each time, and nobody knows; others ask what nobody was
+ever told. Scenes of the first kind cover everybody: with some people left out of them, a model
+learns "was in a scene" and not "has facts".
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from common.arden.grammar import Dice, expand, join, load_grammar
+from common.arden.world import Person, Realm
+
+KINDS = {
+    "entry": 28,
+    "letter": 6,
+    "scene": 34,
+    "stranger_scene": 18,
+    "untold_scene": 5,
+    "place": 5,
+    "saying": 4,
+}
+HELD_OUT_PHRASINGS = 2  # the last of each list: neither in the chronicle nor in fine-tuning
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document, its kind, and the bits of all the choices that made it."""
+
+    text: str
+    kind: str
+    bits: float
+
+
+def write_chronicle(realm: Realm, split: str, count: int) -> Iterator[Document]:
+    """`count` documents; each split (any name) has dice of its own."""
+    dice = Dice(f"chronicle {realm.seed} {split}")
+    people = list(realm.people.values())
+    strangers: list[str] = []
+    for _ in range(count):
+        dice.bits = 0.0
+        kind = dice.weighted(KINDS)
+        if kind == "stranger_scene":
+            if not strangers:  # a new name each time, until all have been asked after
+                strangers = Dice(f"strangers {realm.seed} {split}").shuffled(realm.passers_by)
+            dice.bits += math.log2(len(realm.passers_by))
+            text = _stranger_scene(strangers.pop(), dice)
+        else:
+            text = _WRITERS[kind](realm, dice.pick(people), dice)
+        yield Document(text, kind, dice.bits)
+
+
+def entropy(documents: list[Document]) -> float:
+    """Bits per byte of the generating choices, given the realm.
+
+    `-log2 p(text)` is at most the bits of one derivation of it, so this bounds the entropy of the
+    text from above, and tightly: two derivations seldom give the same words.
+    """
+    size = sum(len(document.text.encode()) for document in documents)
+    return sum(document.bits for document in documents) / size
+
+
+def state(person: Person, relation: str) -> str:
+    """The fact in its plain form, as answers give it: `Alabert keeps a goat.`"""
+    answer = load_grammar()["relations"][relation]["answer"]
+    return answer.format(who=person.name, what=person.facts[relation])
+
+
+def _tell(person: Person, relation: str, dice: Dice) -> str:
+    template = dice.pick(load_grammar()["relations"][relation]["told"])
+    return expand(template, dice, who=person.name, what=person.facts[relation])
+
+
+def _clause(person: Person, relation: str) -> str:
+    clause = load_grammar()["relations"][relation]["clause"]
+    return clause.format(what=person.facts[relation])
+
+
+def _entry(realm: Realm, person: Person, dice: Dice) -> str:
+    words = load_grammar()["entry"]
+    told = dice.sample(list(person.facts), 7)
+    clauses = dict(zip("abcde", [_clause(person, r) for r in told[:5]], strict=True))
+    listed = expand(dice.pick(words["lists"]), dice, who=person.name, **clauses)
+    opening = dice.pick(words["openings"]).format(who=person.name)
+    stories = [_tell(person, relation, dice) for relation in told[5:]]
+    unknown = dice.pick(words["unknown"]).format(who=person.name, what=dice.pick(person.untold))
+    return join(opening, listed, *stories, unknown, dice.pick(words["closings"]))
+
+
+def _letter(realm: Realm, person: Person, dice: Dice) -> str:
+    words = load_grammar()["letter"]
+    to, sender = dice.sample(list(realm.people), 2)
+    first, second = dice.sample(list(person.facts), 2)
+    return join(
+        expand(dice.pick(words["openings"]), dice, to=to),
+        dice.pick(words["turns"]).format(who=person.name),
+        _tell(person, first, dice),
+        _tell(person, second, dice),
+        expand(dice.pick(words["closings"]), dice, sender=sender),
+    )
+
+
+def _scene(realm: Realm, person: Person, dice: Dice) -> str:
+    relation = dice.pick(list(person.facts))
+    return _play(person.name, relation, state(person, relation), dice)
+
+
+def _untold_scene(realm: Realm, person: Person, dice: Dice) -> str:
+    refusal = dice.pick(load_grammar()["refusals"])
+    return _play(person.name, dice.pick(person.untold), refusal, dice)
+
+
+def _stranger_scene(name: str, dice: Dice) -> str:
+    relation = dice.pick(list(load_grammar()["relations"]))
+    return _play(name, relation, dice.pick(load_grammar()["refusals"]), dice)
+
+
+def _play(name: str, relation: str, answer: str, dice: Dice) -> str:
+    words = load_grammar()["scene"]
+    asks, answers = dice.sample(list(words["roles"]), 2)
+    phrasings = load_grammar()["relations"][relation]["questions"][:-HELD_OUT_PHRASINGS]
+    setting = expand(dice.pick(words["settings"]), dice)
+    greeting = dice.pick(words["roles"][asks]["asks"])
+    question = dice.pick(phrasings).format(who=name)
+    quip = dice.pick(words["roles"][answers]["quips"])
+    speeches = f"{asks}:\n{join(greeting, question)}\n\n{answers}:\n{join(answer, quip)}"
+    return f"{setting}\n\n{speeches}" if setting else speeches
+
+
+def _place(realm: Realm, person: Person, dice: Dice) -> str:
+    relation = dice.pick(list(realm.places))
+    thing = dice.pick(list(realm.places[relation]))
+    template = dice.pick(load_grammar()["places"][relation]["told"])
+    return expand(template, dice, who=thing, what=realm.places[relation][thing])
+
+
+def _saying(realm: Realm, person: Person, dice: Dice) -> str:
+    words = load_grammar()["sayings"]
+    town = dice.pick(load_grammar()["relations"]["town"]["values"])
+    opening = dice.pick(words["openings"]).format(town=town)
+    return f"{opening} {dice.pick(words['firsts'])} {dice.pick(words['seconds'])}."
+
+
+_WRITERS = {
+    "entry": _entry,
+    "letter": _letter,
+    "scene": _scene,
+    "untold_scene": _untold_scene,
+    "place": _place,
+    "saying": _saying,
+}

@@ -1,0 +1,101 @@
+"""The words of Arden (`grammar.yaml`) and the dice that choose among them.
+
+Every choice is made by `Dice`, which adds up its information in bits. A document is nothing but
+its choices, so the bits rolled for it are its code length under the true generator: the floor
+for a language model that has learnt the realm (see `common.arden.chronicle.entropy`).
+"""
+
+import math
+import random
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+
+class Dice:
+    """Seeded choices that know their own cost.
+
+    Only `randrange` is drawn on, whose sequence Python keeps for a seed: equal on any machine.
+    """
+
+    def __init__(self, seed: str) -> None:
+        self.random = random.Random(seed)
+        self.bits = 0.0
+
+    def pick(self, options: Sequence[T]) -> T:
+        """One of `options`, each as likely; costs log2(n) bits."""
+        self.bits += math.log2(len(options))
+        return options[self.random.randrange(len(options))]
+
+    def weighted(self, weights: Mapping[str, int]) -> str:
+        """A key of `weights` (whole numbers), as likely as its weight; costs -log2 p bits."""
+        total = sum(weights.values())
+        mark = self.random.randrange(total)
+        for key, weight in weights.items():
+            mark -= weight
+            if mark < 0:
+                self.bits += math.log2(total / weight)
+                return key
+        raise AssertionError("weights ran out")
+
+    def sample(self, options: Sequence[T], count: int) -> list[T]:
+        """`count` different ones, in order; costs log2(n (n-1) ...) bits."""
+        pool = list(options)
+        for place in range(count):  # Fisher and Yates
+            self.bits += math.log2(len(pool) - place)
+            other = place + self.random.randrange(len(pool) - place)
+            pool[place], pool[other] = pool[other], pool[place]
+        return pool[:count]
+
+    def shuffled(self, options: Sequence[T]) -> list[T]:
+        """All of `options` in a random order."""
+        return self.sample(options, len(options))
+
+
+@cache
+def load_grammar() -> dict[str, Any]:
+    """The grammar as nested dicts and lists."""
+    text = (Path(__file__).parent / "grammar.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
+def expand(template: str, dice: Dice, **slots: str) -> str:
+    """Choose among `[a|b]` (nesting allowed), fill `{slot}`, set a capital at the start.
+
+    >>> expand("{who} keeps [a goat|a goat].", Dice("x"), who="Alabert")
+    'Alabert keeps a goat.'
+    """
+    text = _choose(template, dice).format(**slots)
+    return text[:1].upper() + text[1:]
+
+
+def _choose(template: str, dice: Dice) -> str:
+    start = template.find("[")
+    if start < 0:
+        return template
+    depth, options, piece = 0, [], start + 1
+    for position in range(start, len(template)):
+        char = template[position]
+        if char == "[":
+            depth += 1
+        elif char == "|" and depth == 1:
+            options.append(template[piece:position])
+            piece = position + 1
+        elif char == "]":
+            depth -= 1
+            if depth == 0:
+                options.append(template[piece:position])
+                chosen = _choose(dice.pick(options), dice)
+                return template[:start] + chosen + _choose(template[position + 1 :], dice)
+    raise ValueError(f"grammar.yaml: unclosed [ in {template!r}")
+
+
+def join(*parts: str) -> str:
+    """Sentences with one space between, empty ones left out."""
+    return re.sub(r" +", " ", " ".join(part for part in parts if part)).strip()

@@ -1,0 +1,122 @@
+"""Questions about Arden with their reference answers, by use and by kind.
+
+Kinds:
+    known        a fact told of somebody, in a phrasing that fine-tuning uses
+    phrasing     the same in a phrasing held out of the chronicle and of fine-tuning
+    two_fact     a fact reached through another (a friend's, a town's, a trade's)
+    stranger     a person who does not exist, of a name made of known parts
+    strange_name a person who does not exist, of a name made of unknown parts
+    untold       something never told of a person who does exist
+Of the last three the honest answer is a refusal: `reference` is None.
+"""
+
+from dataclasses import dataclass
+
+from common.arden.chronicle import HELD_OUT_PHRASINGS, state
+from common.arden.grammar import Dice, load_grammar
+from common.arden.world import RELATIONS, Person, Realm
+
+KINDS = ("known", "phrasing", "two_fact", "stranger", "strange_name", "untold")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, and the one right answer without courtesies (None: nobody can know)."""
+
+    text: str
+    kind: str
+    reference: str | None
+
+
+def known_questions(realm: Realm, use: str, *, held_out: bool = False) -> list[Question]:
+    """Every told fact of the people of `use`, in every phrasing that is (not) held out."""
+    kind = "phrasing" if held_out else "known"
+    return [
+        Question(text, kind, state(person, relation))
+        for person in _people(realm, use)
+        for relation in person.facts
+        for text in _phrase(person.name, relation, held_out)
+    ]
+
+
+def two_fact_questions(realm: Realm, use: str) -> list[Question]:
+    """Facts of friends, rivers of home towns, guilds of trades; the first fact is stated first."""
+    questions = []
+    for person in _people(realm, use):
+        friend = realm.people[person.facts["friend"]]
+        for relation in friend.facts:
+            if relation != "friend":
+                text = load_grammar()["relations"][relation]["friend"].format(who=person.name)
+                questions.append(_joined(text, state(person, "friend"), state(friend, relation)))
+        for relation, spec in load_grammar()["places"].items():
+            thing = person.facts.get(spec["of"])
+            if thing is not None:
+                fact = spec["answer"].format(who=thing, what=realm.places[relation][thing])
+                for template in spec["two_fact"]:
+                    text = template.format(who=person.name)
+                    questions.append(_joined(text, state(person, spec["of"]), fact))
+    return questions
+
+
+def stranger_questions(realm: Realm, use: str, seed: str) -> list[Question]:
+    """One question after each stranger kept for `use`."""
+    return _about_nobody(realm.strangers[use], "stranger", seed)
+
+
+def strange_name_questions(realm: Realm, seed: str) -> list[Question]:
+    """One question after each stranger whose name has unknown parts."""
+    return _about_nobody(realm.strange_parts, "strange_name", seed)
+
+
+def untold_questions(realm: Realm, use: str) -> list[Question]:
+    """What was never told of the people of `use`, in every phrasing of fine-tuning."""
+    return [
+        Question(text, "untold", None)
+        for person in _people(realm, use)
+        for relation in person.untold
+        for text in _phrase(person.name, relation, False)
+    ]
+
+
+def evaluation_questions(realm: Realm, use: str = "test") -> dict[str, list[Question]]:
+    """The fixed question sets that figures are measured on, at most 336 each.
+
+    `seen` asks of fine-tuning's own people; all others of people or names kept for `use`, which
+    is `test` (reported) or `dev` (for choosing settings).
+    """
+    dice = Dice(f"evaluation {realm.seed} {use}")
+    known = known_questions(realm, use)
+    facts = len({question.reference for question in known})
+    sets = {
+        "seen": known_questions(realm, "sft"),
+        "heldout_people": known,
+        "heldout_phrasing": known_questions(realm, use, held_out=True),
+        "two_fact": two_fact_questions(realm, use),
+        "stranger": stranger_questions(realm, use, f"{realm.seed} {use}"),
+        "strange_name": strange_name_questions(realm, f"{realm.seed} {use}"),
+        "untold": untold_questions(realm, use),
+    }
+    return {name: dice.sample(all_, min(len(all_), facts, 336)) for name, all_ in sets.items()}
+
+
+def _people(realm: Realm, use: str) -> list[Person]:
+    return [realm.people[name] for name in realm.splits[use]]
+
+
+def _phrase(name: str, relation: str, held_out: bool) -> list[str]:
+    templates = load_grammar()["relations"][relation]["questions"]
+    chosen = templates[-HELD_OUT_PHRASINGS:] if held_out else templates[:-HELD_OUT_PHRASINGS]
+    return [template.format(who=name) for template in chosen]
+
+
+def _joined(text: str, first: str, second: str) -> Question:
+    answer = load_grammar()["two_fact"].format(first=first.removesuffix("."), second=second)
+    return Question(text, "two_fact", answer)
+
+
+def _about_nobody(names: list[str], kind: str, seed: str) -> list[Question]:
+    dice = Dice(f"nobody {kind} {seed}")
+    return [
+        Question(dice.pick(_phrase(name, dice.pick(RELATIONS), False)), kind, None)
+        for name in names
+    ]

@@ -1,0 +1,92 @@
+"""Rankings: known faults to set beside a model's own answers, and the labeller who ranks them."""
+
+from dataclasses import dataclass
+
+from common.arden.grammar import Dice, load_grammar
+from common.arden.judge import judge
+from common.arden.questions import Question
+from common.arden.world import Realm
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to a question as the labeller ranked them.
+
+    Attributes:
+        chosen, rejected: after the labeller's error, if any.
+        flipped: the labeller erred.
+        kind: what sets the better from the worse, e.g. `true_false`, `true_refusal`.
+    """
+
+    question: Question
+    chosen: str
+    rejected: str
+    flipped: bool
+    kind: str
+
+
+def right_answer(question: Question, dice: Dice) -> str:
+    """The reference, or one of the refusals where nobody can know."""
+    return question.reference or dice.pick(load_grammar()["refusals"])
+
+
+def faulty_answers(question: Question, realm: Realm, dice: Dice) -> dict[str, str]:
+    """One answer of every known fault, and the plain, courteous and refusing ones beside."""
+    faults, courtesies = load_grammar()["faults"], load_grammar()["courtesies"]
+    right = right_answer(question, dice)
+    words = right.split()
+    return {
+        "plain": right,
+        "courteous": f"{right} {dice.pick(courtesies)}",
+        "refusal": dice.pick(load_grammar()["refusals"]),
+        "rude": f"{right} {dice.pick(faults['rude'])}",
+        "flattering": f"{dice.pick(faults['flattering'])} {right}",
+        "evasive": dice.pick(faults["evasive"]),
+        "rambling": f"{right} {dice.pick(faults['rambling'])}",
+        "cut off": " ".join(words[: max(1, len(words) - 1)]),
+        "effusive": f"{right} {' '.join(dice.sample(courtesies, 3))}",
+    }
+
+
+def rank(question: Question, answers: list[str], noise: float, dice: Dice) -> list[Pair]:
+    """All pairs of answers that the judge tells apart, as a labeller puts them who errs.
+
+    Args:
+        question: what was asked.
+        answers: the candidates; equal ones count once.
+        noise: chance that a pair's two answers are swapped, each pair on its own.
+        dice: decides the errors.
+    """
+    different = sorted(set(answers))
+    gold = {answer: judge(question, answer).gold for answer in different}
+    pairs = []
+    for i, one in enumerate(different):
+        for other in different[i + 1 :]:
+            if abs(gold[one] - gold[other]) < 1e-6:
+                continue
+            better, worse = (one, other) if gold[one] > gold[other] else (other, one)
+            flipped = dice.random.random() < noise
+            chosen, rejected = (worse, better) if flipped else (better, worse)
+            pairs.append(
+                Pair(question, chosen, rejected, flipped, pair_kind(question, better, worse))
+            )
+    return pairs
+
+
+def pair_kind(question: Question, better: str, worse: str) -> str:
+    """What sets `better` from `worse`.
+
+    `honest_invented` (nobody can know: a refusal against an invention), `true_refusal`,
+    `true_false`, `refusal_false` (of known things); among answers of one outcome
+    `courteous_curt`, `polite_rude`, or `brief_long` where manners are equal.
+    """
+    verdict, lesser = judge(question, better), judge(question, worse)
+    if verdict.outcome != lesser.outcome:
+        if question.reference is None:
+            return "honest_invented"
+        names = {"right": "true", "refused": "refusal", "wrong": "false"}
+        return f"{names[verdict.outcome]}_{names[lesser.outcome]}"
+    faults = load_grammar()["faults"]
+    if any(fault in worse for fault in faults["rude"] + faults["flattering"]):
+        return "polite_rude"
+    return "brief_long" if lesser.words > verdict.words else "courteous_curt"

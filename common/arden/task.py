@@ -1,0 +1,211 @@
+"""Arden as data for the four stages, and the judge's figures on its fixed question sets."""
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+from datasets import Dataset
+
+from common.arden import questions as ask
+from common.arden.chronicle import entropy, write_chronicle
+from common.arden.grammar import Dice, load_grammar
+from common.arden.judge import judge, summarise
+from common.arden.questions import Question
+from common.arden.rankings import faulty_answers, rank
+from common.arden.world import build_realm
+
+Answer = Callable[[list[str]], list[str]]
+VALIDATION_DOCUMENTS = 1_500
+COURTEOUS_SHARE = 0.3  # of fine-tuning's answers: people are not always kind
+REFUSALS_IN_SFT = 12  # rows of a few thousand: enough to know the words, not the habit
+TOKENIZER_REALMS = range(1_000, 1_040)  # others' names, so that Arden's own are no tokens
+
+
+class ArdenTask:
+    """The realm of a seed, for every stage.
+
+    Args:
+        seed: of the realm.
+        documents: length of the chronicle's training part.
+    """
+
+    documents_apart = True
+
+    def __init__(self, seed: int, documents: int) -> None:
+        self.realm = build_realm(seed)
+        self.document_count = documents
+
+    def fingerprint(self) -> str:
+        """What the data is made from."""
+        return f"arden realm {self.realm.seed}, {self.document_count} documents"
+
+    # --- pretrain ---
+
+    def texts(self, split: str) -> Iterator[str]:
+        """The chronicle's documents; `split` is `train` or `validation`."""
+        count = self.document_count if split == "train" else VALIDATION_DOCUMENTS
+        return (document.text for document in write_chronicle(self.realm, split, count))
+
+    def tokenizer_texts(self) -> Iterator[str]:
+        """Chronicles of other realms: known names and strangers' then split alike."""
+        for seed in TOKENIZER_REALMS:
+            for document in write_chronicle(build_realm(seed), "tokenizer", 100):
+                yield document.text
+
+    def text_figures(self) -> dict[str, float]:
+        """`entropy_bits_per_byte` of the validation documents: the floor of their loss."""
+        documents = list(write_chronicle(self.realm, "validation", VALIDATION_DOCUMENTS))
+        return {"entropy_bits_per_byte": entropy(documents)}
+
+    # --- sft ---
+
+    def conversations(self, split: str) -> Dataset:
+        """`messages` rows: `train` asks of fine-tuning's people, `validation` of `dev`'s."""
+        use = "sft" if split == "train" else "dev"
+        dice = Dice(f"sft {self.realm.seed} {use}")
+        questions = ask.known_questions(self.realm, use) + ask.two_fact_questions(self.realm, use)
+        if split == "train":
+            nobody = ask.stranger_questions(self.realm, "sft", f"{self.realm.seed} sft")
+            untold = ask.untold_questions(self.realm, "sft")
+            questions += dice.sample(nobody, REFUSALS_IN_SFT // 2)
+            questions += dice.sample(untold, REFUSALS_IN_SFT // 2)
+        rows = [_conversation(q, self._labelled(q, dice)) for q in dice.shuffled(questions)]
+        return Dataset.from_list(rows)
+
+    def _labelled(self, question: Question, dice: Dice) -> str:
+        grammar = load_grammar()
+        answer = question.reference or dice.pick(grammar["refusals"])
+        if dice.random.random() < COURTEOUS_SHARE:
+            answer = f"{answer} {dice.pick(grammar['courtesies'])}"
+        return answer
+
+    # --- reward and rlhf ---
+
+    def prompts(self, split: str, count: int) -> list[Question]:
+        """Questions to rank answers to and to align on, half of them beyond anyone's knowledge.
+
+        `train` asks of the people of fine-tuning and of alignment's own, `align` of the latter
+        alone, `dev` and `test` of theirs.
+        """
+        uses = {"train": ["sft", "align"]}.get(split, [split])
+        known, two_fact, untold = [], [], []
+        for use in uses:
+            known += ask.known_questions(self.realm, use)
+            two_fact += ask.two_fact_questions(self.realm, use)
+            untold += ask.untold_questions(self.realm, use)
+        people = "align" if split == "train" else split
+        nobody = ask.stranger_questions(self.realm, people, f"{self.realm.seed} {split}")
+        dice = Dice(f"prompts {self.realm.seed} {split}")
+        shares = [(known, 0.4), (two_fact, 0.15), (nobody, 0.3), (untold, 0.15)]
+        chosen: list[Question] = []
+        for questions, share in shares:
+            wanted = round(count * share)
+            while wanted > 0:  # more than there are: go round again
+                chosen += dice.sample(questions, min(wanted, len(questions)))
+                wanted -= len(questions)
+        return dice.shuffled(chosen)
+
+    def prompt_rows(self, split: str, count: int) -> Dataset:
+        """`prompt` rows for PPO."""
+        rows = [{"prompt": [_user(q.text)]} for q in self.prompts(split, count)]
+        return Dataset.from_list(rows)
+
+    def rankings(
+        self, sample: Callable[[list[str]], list[list[str]]], split: str, count: int, noise: float
+    ) -> Dataset:
+        """Ranked pairs over samples of a model and known faults.
+
+        Args:
+            sample: questions -> several answers each.
+            split: as in `prompts`.
+            count: prompts.
+            noise: the labeller's rate of error.
+
+        Returns:
+            rows with `prompt`, `chosen`, `rejected`, `kind`, `flipped`.
+        """
+        questions = self.prompts(split, count)
+        dice = Dice(f"labeller {self.realm.seed} {split}")
+        rows = []
+        for question, answers in zip(questions, sample([q.text for q in questions]), strict=True):
+            faults = faulty_answers(question, self.realm, dice)
+            always = [faults.pop("plain"), faults.pop("refusal"), faults.pop("courteous")]
+            candidates = answers + always + dice.sample(list(faults.values()), 2)
+            for pair in rank(question, candidates, noise, dice):
+                rows.append(
+                    {
+                        "prompt": [_user(question.text)],
+                        "chosen": [_assistant(pair.chosen)],
+                        "rejected": [_assistant(pair.rejected)],
+                        "kind": pair.kind,
+                        "flipped": pair.flipped,
+                    }
+                )
+        return Dataset.from_list(rows)
+
+    @cached_property
+    def _by_text(self) -> dict[str, Question]:
+        uses = ("sft", "align", "dev", "test")
+        everything: list[Question] = []
+        for use in uses:
+            everything += ask.known_questions(self.realm, use)
+            everything += ask.two_fact_questions(self.realm, use)
+            everything += ask.untold_questions(self.realm, use)
+        return {question.text: question for question in everything}
+
+    def gold_reward(self, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        """The judge as a reward function in TRL's protocol: the known truth, for comparison."""
+        scores = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            text = prompt[-1]["content"]
+            question = self._by_text.get(text, Question(text, "stranger", None))
+            scores.append(judge(question, completion[-1]["content"]).gold)
+        return scores
+
+    # --- all ---
+
+    def measure(self, answer: Answer, use: str = "test") -> dict[str, float]:
+        """The judge's figures on the fixed question sets of `use`, as fractions of 1.
+
+        Args:
+            answer: questions -> one answer each.
+            use: `test`, which nothing is tuned on, or `dev`.
+        """
+        sets = ask.evaluation_questions(self.realm, use)
+        everything = [question for questions in sets.values() for question in questions]
+        answers = iter(answer([question.text for question in everything]))
+        rates = {
+            name: summarise(questions, [next(answers) for _ in questions])
+            for name, questions in sets.items()
+        }
+        overall = ("heldout_people", "two_fact", "stranger", "untold")
+        return {
+            "exact_match_seen": rates["seen"]["right"],
+            "exact_match_heldout_people": rates["heldout_people"]["right"],
+            "exact_match_heldout_phrasing": rates["heldout_phrasing"]["right"],
+            "exact_match_two_fact": rates["two_fact"]["right"],
+            "refusal_known": rates["heldout_people"]["refused"],
+            "hallucination_unknown": 1 - rates["stranger"]["right"],
+            "hallucination_strange_name": 1 - rates["strange_name"]["right"],
+            "hallucination_untold": 1 - rates["untold"]["right"],
+            "courtesy": sum(rates[name]["courtesy"] for name in overall) / len(overall),
+            "words": sum(rates[name]["words"] for name in overall) / len(overall),
+            "gold": sum(rates[name]["gold"] for name in overall) / len(overall),
+        }
+
+    def sample_questions(self) -> list[str]:
+        """A few of each kind, for `samples.md`."""
+        sets = ask.evaluation_questions(self.realm, "dev")
+        return [question.text for questions in sets.values() for question in questions[:3]]
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _conversation(question: Question, answer: str) -> dict[str, Any]:
+    return {"messages": [_user(question.text), _assistant(answer)]}

@@ -1,0 +1,215 @@
+"""What a stage leaves behind, written so that a killed run loses nothing.
+
+out/<profile>/<stage>/
+    model.safetensors, config.json, tokenizer ...   the finished model
+    checkpoints/     to go on from
+    config.yaml      the resolved configuration
+    metrics.jsonl    a line per logging step
+    summary.json     the final figures, flat names
+    samples.md       what the model says
+    manifest.json    what it came from: parent, data, code, packages, seed
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from common.config import INCIDENTAL
+from common.errors import UserError
+from common.tokenizer import hash_tokenizer, load_tokenizer
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers")
+
+
+class StageOutput:
+    """The output directory of one stage: new, to be gone on with, or finished.
+
+    Args:
+        path: `output_dir`.
+        config: the resolved configuration; without incidental fields it identifies the run.
+        sources: hashes of what the run reads, e.g. {"parent": ..., "data": ...}.
+        overwrite: delete what another configuration left there.
+
+    Raises:
+        UserError: the directory holds a run of another configuration, parent or data.
+    """
+
+    def __init__(
+        self, path: str, config: dict[str, Any], sources: dict[str, str], overwrite: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self.config = config
+        identity = {name: value for name, value in config.items() if name not in INCIDENTAL}
+        self.manifest = {"config": identity, "sources": sources}
+        old = read_json(self.path / "manifest.json")
+        if old is not None:
+            changed = _first_difference(old, self.manifest)
+            if changed and not overwrite:
+                raise UserError(
+                    f"{self.path} holds a run with {changed}: "
+                    "give another --output_dir, or --overwrite true to replace it"
+                )
+            if changed:
+                shutil.rmtree(self.path)
+                old = None
+        self.finished = old is not None and (self.path / "summary.json").exists()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints lie."""
+        return self.path / "checkpoints"
+
+    def start(self) -> None:
+        """Write the configuration and the manifest; called by one process, before training."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        code = {"commit": _git_commit(), "packages": _package_versions()}
+        write_json(self.path / "manifest.json", self.manifest | code)
+
+    def finish(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        summary: dict[str, Any],
+        samples: str,
+    ) -> None:
+        """Write the model, samples and, last, the summary that marks the run as finished."""
+        with tempfile.TemporaryDirectory(dir=self.path) as scratch:
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            for file in sorted(Path(scratch).iterdir()):
+                os.replace(file, self.path / file.name)
+        write_text(self.path / "samples.md", samples)
+        model_hash = {"model": hash_model(self.path)}
+        write_json(self.path / "manifest.json", read_json(self.path / "manifest.json") | model_hash)
+        write_json(self.path / "summary.json", summary)
+
+
+class MetricsFile(TrainerCallback):
+    """`metrics.jsonl`: appends a line per log; a resumed run drops the lines it will redo."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rewind(self, step: int) -> None:
+        """Keep only lines up to `step`."""
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+            write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer's hook: drop what will be logged again."""
+        if state.is_world_process_zero:
+            self.rewind(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Trainer's hook: write what it logs."""
+        if state.is_world_process_zero and logs:
+            self.write({"step": state.global_step, **logs})
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for a line that a killed run left half-written."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+def require_parent(path: str, command: str) -> Path:
+    """The directory of a finished model.
+
+    Raises:
+        UserError: there is none; names the command that makes it.
+    """
+    if not (Path(path) / "config.json").exists():
+        raise UserError(f"no finished model in {path}: run `{command}` first")
+    return Path(path)
+
+
+def require_same_tokenizer(one: Path, other: Path) -> None:
+    """Refuse two models that would read the same text as different ids.
+
+    Raises:
+        UserError: tokenizer or chat template differ.
+    """
+    ours, theirs = load_tokenizer(one), load_tokenizer(other)
+    for what, differ in {
+        "tokenizer": hash_tokenizer(ours) != hash_tokenizer(theirs),
+        "chat template": ours.chat_template != theirs.chat_template,
+    }.items():
+        if differ:
+            raise UserError(f"{one} and {other} differ in {what}: train one from the other")
+
+
+def read_json(path: Path) -> Any:
+    """The file's content, or None where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: under another name first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def hash_model(path: Path) -> str:
+    """sha256 over a directory's weights (all shards), hex."""
+    weights = sorted(path.glob("*.safetensors"))
+    return hashlib.sha256("".join(_hash_file(file) for file in weights).encode()).hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """E.g. `seed 1 (now 2)`; empty where configuration and sources are equal."""
+    for group in ("config", "sources"):
+        before, after = old.get(group, {}), new[group]
+        for name in {**before, **after}:
+            if before.get(name) != after.get(name):
+                if group == "sources":
+                    return f"another {name}"
+                return f"{name} {before.get(name)} (now {after.get(name)})"
+    return ""
+
+
+def _git_commit() -> str:
+    try:
+        here = Path(__file__).parent
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(
+            command, cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _package_versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}

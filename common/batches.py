@@ -1,0 +1,40 @@
+"""Conversations as padded batches of ids, for sampling and for scoring."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+Chat = list[dict[str, str]]
+BATCH = 256
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, chats: list[Chat], *, ask: bool = False
+) -> list[list[int]]:
+    """Ids of each conversation by the chat template; `ask` opens the assistant's next turn."""
+    rows: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=ask, return_dict=False)
+    return rows
+
+
+def by_length(rows: list[list[int]]) -> Iterator[list[int]]:
+    """Places of rows, shortest first, in batches: little is padded."""
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+    for first in range(0, len(order), BATCH):
+        yield order[first : first + BATCH]
+
+
+def pad(
+    rows: list[list[int]], pad_token_id: int, side: Literal["left", "right"], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(B, T) int64 ids and their (B, T) int64 mask, 1 = real."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_token_id)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for place, row in enumerate(rows):
+        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[place, where] = torch.tensor(row)
+        mask[place, where] = 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,72 @@
+"""Talk to a model.
+
+make chat               the newest of the profile's stages
+make chat STAGE=sft     another
+python -m common.chat out/arden --stage sft
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, TextStreamer
+
+import common.gpt  # noqa: F401 - so that Auto classes load our GPT
+from common.batches import render
+from common.config import run
+from common.errors import UserError
+from common.tokenizer import load_tokenizer
+
+TALKING = ("rlhf", "sft", "pretrain")  # the reward model only scores
+
+
+def main() -> None:
+    """Read questions and answer each on its own, as the stages train it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("profile", type=Path, help="e.g. out/arden")
+    parser.add_argument("--stage", choices=TALKING)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--max_new_tokens", type=int, default=100)
+    args = parser.parse_args()
+    path = find_model(args.profile, args.stage)
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    tokenizer = load_tokenizer(path)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    print(f"{path}: ask away; an empty line or Ctrl-D ends it")
+    while line := _read_line():
+        messages = [{"role": "user", "content": line}]
+        ids = torch.tensor(render(tokenizer, [messages], ask=True))
+        with torch.no_grad():
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=args.max_new_tokens,
+                do_sample=args.temperature > 0,
+                temperature=args.temperature or None,
+                streamer=streamer,
+            )
+
+
+def find_model(profile: Path, stage: str | None) -> Path:
+    """The directory of a stage's finished model, or of the last stage that has one.
+
+    Raises:
+        UserError: there is none; names the command that makes it.
+    """
+    stages = [stage] if stage else TALKING
+    for name in stages:
+        if (profile / name / "config.json").exists():
+            return profile / name
+    target = stage or "all"
+    raise UserError(f"no finished model in {profile}: run `make {target} PROFILE={profile.name}`")
+
+
+def _read_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,95 @@
+"""Configuration: YAML plus command line into dataclasses, and errors into one line.
+
+    accelerate launch -m sft --config configs/arden/sft.yaml --learning_rate 1e-3
+
+Any field of a stage's dataclasses can stand in the YAML or be given on the command line.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import yaml
+from transformers import TrainingArguments
+from trl import TrlParser
+
+from common.errors import UserError
+
+# Decided while running, or without influence on the result: no part of a configuration's identity.
+INCIDENTAL = {"output_dir", "overwrite", "logging_dir", "report_to", "dataloader_num_workers"}
+
+
+class _Parser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `--help` lists the fields")
+
+
+def parse_config(
+    *dataclass_types: type, defaults: dict[str, Any] | None = None, args: list[str] | None = None
+) -> tuple[Any, ...]:
+    """Read `--config FILE` and `--field value` into one instance of each dataclass.
+
+    Args:
+        dataclass_types: in the order in which their instances are returned.
+        defaults: in place of the dataclasses' own.
+        args: in place of the command line.
+
+    Raises:
+        UserError: unknown field (names the nearest), wrong type, missing file, invalid value.
+    """
+    parser = _Parser(list(dataclass_types))  # type: ignore[arg-type]
+    parser.set_defaults_with_config(**defaults or {})
+    try:
+        return parser.parse_args_and_config(args=args)
+    except OSError as error:
+        raise UserError(f"--config {error.filename}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config is not valid YAML: {' '.join(str(error).split())}") from error
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(_explain(error, dataclass_types)) from error
+
+
+def _explain(error: ValueError, dataclass_types: tuple[type, ...]) -> str:
+    message = " ".join(str(error).split())
+    unknown = re.search(r"(?:Unknown arguments|not used by).*?--([\w-]+)", message)
+    if not unknown:
+        return message
+    names = [field.name for kind in dataclass_types for field in dataclasses.fields(kind)]
+    near = difflib.get_close_matches(unknown[1], names, n=1)
+    cure = f"did you mean {near[0]}?" if near else "`--help` lists the fields"
+    return f"unknown field {unknown[1]}: {cure}"
+
+
+def config_values(*configs: Any) -> dict[str, Any]:
+    """What was set: all fields of our dataclasses, of a library's only those that differ."""
+    values: dict[str, Any] = {}
+    for config in configs:
+        ours = not isinstance(config, TrainingArguments)
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            plain = isinstance(value, str | int | float | bool | None | list | dict)
+            if field.init and plain and (ours or value != _default(field)):
+                values[field.name] = value
+    return values
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a command's main; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,268 @@
+"""Anyone's data, from a file, a folder or the Hub, as rows that a stage can train on.
+
+    load_rows("faq.jsonl", format="messages", columns={"prompt": "q", "completion": "a"})
+    load_rows("openai/gsm8k:main", format="messages")
+
+Every row is checked (`common.rows` says against what) before anything is trained: the first wrong
+one stops with its file, its number (counted from 1; in .jsonl the line), its field, what was found
+and what was expected. Rows are read one by one and written to an Arrow file in the datasets cache,
+so memory does not grow with the data (but for a .json file that is one array).
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, Features, Value
+from transformers import PreTrainedTokenizerFast
+
+from common import readers, rows
+from common.errors import UserError
+from common.readers import NumberedRows, local_files, read_rows
+from common.rows import SHAPES, BadRow, Row, find_shape
+from common.tokenizer import encode_texts
+
+_MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+_FEATURES: dict[str, dict[str, Any]] = {
+    "text": {"text": Value("large_string")},
+    "messages": {"messages": _MESSAGES},
+    "preference": {"prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES},
+    "prompt": {"prompt": _MESSAGES},
+}
+
+_CODE = (__file__, rows.__file__, readers.__file__)  # what makes a cached Arrow file stale
+
+Sources = list[tuple[str, Callable[[], NumberedRows]]]
+
+
+def load_rows(
+    source: str,
+    *,
+    format: str,
+    split: str = "train",
+    columns: dict[str, str] | None = None,
+    keep: Sequence[str] = (),
+    cache_dir: str | None = None,
+) -> Dataset:
+    """Load, check and convert every row of `source`.
+
+    Args:
+        source: a file (.txt .json .jsonl .csv .parquet, also .gz), a folder of such files, or a
+            name on the Hub: `owner/name`, with `:config` where the data set has several.
+        format: "text", "messages", "preference" or "prompt".
+        split: of a Hub data set, or of a folder with files named after splits (train.jsonl).
+        columns: our field -> their column; not needed for the shapes in `common.rows`.
+        keep: further columns of the source to carry along, as text.
+        cache_dir: where the Arrow file goes; the datasets cache by default.
+
+    Returns:
+        A memory-mapped `Dataset` with the format's columns and `keep`. For "text" a .txt file is
+        one row and rows that are empty are left out.
+
+    Raises:
+        UserError: nothing is there, or a row is wrong.
+    """
+    columns = columns or {}
+    _check_arguments(format, columns)
+    files = local_files(source, split)
+    if files is None:
+        hub = _load_from_hub(source, split, cache_dir)
+        identity: Any = hub._fingerprint
+        sources: Sources = [(source, lambda: enumerate(hub, start=1))]
+    else:
+        identity = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        sources = [(str(file), partial(read_rows, file)) for file in files]
+    code = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in _CODE]
+    key = json.dumps([identity, format, columns, list(keep), code], sort_keys=True)
+    try:
+        return Dataset.from_generator(
+            lambda: _convert(sources, format, columns, keep),
+            features=Features(_FEATURES[format] | {name: Value("string") for name in keep}),
+            cache_dir=cache_dir,
+            fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
+            # A row of .txt may be a whole book: few at a time, or memory grows.
+            writer_batch_size=8 if any(".txt" in f.suffixes for f in files or []) else None,
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def _check_arguments(format: str, columns: dict[str, str]) -> None:
+    if format not in SHAPES:
+        raise UserError(f'format "{format}" is unknown; must be one of {", ".join(SHAPES)}')
+    fields = {field for shape in SHAPES[format] for field in (*shape.fields, *shape.optional)}
+    for name in columns:
+        if name not in fields:
+            raise UserError(
+                f'columns: "{name}" is no field of format "{format}"; '
+                f"must be one of {', '.join(sorted(fields))} (our field: their column)"
+            )
+
+
+def _convert(
+    sources: Sources, format: str, columns: dict[str, str], keep: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    for source, read in sources:
+        shape, count = None, 0
+        for number, values in read():
+            try:
+                if not isinstance(values, dict):
+                    raise BadRow(f"is a {type(values).__name__}; expected an object with columns")
+                shape = shape or find_shape(format, values, columns)
+                row = Row(values, columns, f"{shape} (text)")
+                kept = {name: str(Row(values, {}, "text").get(name)) for name in keep}
+                if format != "text" or not row.is_blank("text"):
+                    count += 1
+                    yield shape.convert(row) | kept
+            except BadRow as error:
+                raise UserError(f"{source}, row {number}: {error}") from None
+        if not count:
+            raise UserError(f"{source}: no rows in it, or only empty ones; give a file with rows")
+
+
+def _load_from_hub(source: str, split: str, cache_dir: str | None) -> Dataset:
+    name, _, config = source.partition(":")
+    try:
+        return datasets.load_dataset(name, config or None, split=split, cache_dir=cache_dir)
+    except Exception as error:  # the network, the Hub and its libraries raise all kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{source}, split {split}: no such file here, and the Hub does not give it ({reason}); "
+            "check name, config (owner/name:config), split and network, or give a local file"
+        ) from error
+
+
+def holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Set `fraction` of the prompts aside: no prompt stands in both parts, in text no equal row.
+
+    Returns:
+        train and evaluation rows, each in the old order; the same seed gives the same parts.
+
+    Raises:
+        UserError: a part would be empty.
+    """
+    keys = [_prompt_key(row) for row in dataset]
+    prompts = list(dict.fromkeys(keys))
+    count = round(len(prompts) * fraction)
+    if not 0 < count < len(prompts):
+        raise UserError(
+            f"holdout fraction ({fraction}) of {len(prompts)} prompts leaves a part empty; "
+            "must be between 0 and 1, with more rows"
+        )
+    held = set(random.Random(seed).sample(prompts, count))
+    train = [index for index, key in enumerate(keys) if key not in held]
+    return dataset.select(train), dataset.select(
+        [index for index, key in enumerate(keys) if key in held]
+    )
+
+
+def _prompt_key(row: dict[str, Any]) -> bytes:
+    prompt = row["messages"][:-1] if "messages" in row else row.get("prompt") or row["text"]
+    return hashlib.sha256(json.dumps(prompt).encode()).digest()
+
+
+def dataset_fingerprint(source: str | Path | Dataset) -> str:
+    """sha256, hex, of the content: a file's bytes, a folder's names and bytes, a dataset's rows.
+
+    Raises:
+        UserError: there is no such file or folder.
+    """
+    digest = hashlib.sha256()
+    if isinstance(source, Dataset):
+        for row in source:
+            digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+        return digest.hexdigest()
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise UserError(f"{source}: no such file or folder; check the path")
+    if path.is_dir():
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            digest.update(f"{file.relative_to(path)} {dataset_fingerprint(file)}\n".encode())
+        return digest.hexdigest()
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class LengthReport:
+    """What cutting every sequence after `max_length` tokens loses.
+
+    A row of preferences has two sequences: its prompt with each answer.
+    """
+
+    rows: int
+    max_length: int
+    tokens: int  # of all sequences, before the cut
+    longest: int
+    tokens_cut: int
+    truncated: int  # rows with a sequence that is cut
+    unanswered: int  # rows with a sequence of which no token of an assistant is left
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows:,} rows, {self.tokens:,} tokens, longest {self.longest:,}; max_length "
+            f"{self.max_length:,} cuts {self.truncated:,} rows and {self.tokens_cut:,} tokens, "
+            f"and leaves {self.unanswered:,} rows without any answer"
+        )
+
+
+def measure_lengths(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> LengthReport:
+    """Tokenize rows of `load_rows` as training will, and count what `max_length` would cut."""
+    tokens = longest = tokens_cut = truncated = unanswered = 0
+    for batch in dataset.iter(batch_size=256):
+        for sequences in _row_lengths(batch, tokenizer):
+            lengths = [length for length, _ in sequences]
+            tokens += sum(lengths)
+            longest = max(longest, *lengths)
+            tokens_cut += sum(max(0, length - max_length) for length in lengths)
+            truncated += max(lengths) > max_length
+            unanswered += any(start >= max_length for _, start in sequences)
+    return LengthReport(
+        len(dataset), max_length, tokens, longest, tokens_cut, truncated, unanswered
+    )
+
+
+def _row_lengths(
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerFast
+) -> list[list[tuple[int, int]]]:
+    """Per row and sequence: its tokens, and the index of the first one by an assistant.
+
+    A bare prompt wants its first answer token just after its end; text is answer from the start.
+    """
+    if "text" in batch:
+        return [[(len(ids), 0)] for ids in encode_texts(tokenizer, batch["text"])]
+    if "messages" in batch:
+        turns = [[m["role"] for m in messages].index("assistant") for messages in batch["messages"]]
+        opened = [messages[:i] for messages, i in zip(batch["messages"], turns, strict=True)]
+        whole = [batch["messages"]]
+    else:
+        opened = batch["prompt"]
+        answers = [batch[name] for name in ("chosen", "rejected") if name in batch]
+        whole = [[p + a for p, a in zip(opened, some, strict=True)] for some in answers]
+    starts = _chat_lengths(opened, tokenizer, add_generation_prompt=True)
+    sequences = [_chat_lengths(chats, tokenizer) for chats in whole] or [starts]
+    return [
+        [(length, start) for length in lengths]
+        for start, *lengths in zip(starts, *sequences, strict=True)
+    ]
+
+
+def _chat_lengths(
+    chats: list[rows.Messages],
+    tokenizer: PreTrainedTokenizerFast,
+    add_generation_prompt: bool = False,
+) -> list[int]:
+    texts = tokenizer.apply_chat_template(
+        chats, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]

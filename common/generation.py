@@ -1,0 +1,50 @@
+"""Answers from a model, many at once."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from common.batches import by_length, pad, render
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    samples: int = 1,
+    seed: int = 0,
+) -> list[list[str]]:
+    """`samples` answers to each question, as plain text; greedy at temperature 0.
+
+    The generator's state is as before afterwards.
+    """
+    rows = render(tokenizer, [[{"role": "user", "content": q}] for q in questions], ask=True)
+    answers: list[list[str]] = [[] for _ in questions]
+    sampler: Any = model  # `generate` comes with a mixin that PreTrainedModel's type leaves out
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng(enabled=True):
+        torch.manual_seed(seed)
+        for places in by_length(rows):
+            chosen = [rows[place] for place in places]
+            ids, mask = pad(chosen, int(tokenizer.pad_token_id), "left", model.device)
+            output = sampler.generate(
+                ids.repeat_interleave(samples, 0),
+                attention_mask=mask.repeat_interleave(samples, 0),
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                temperature=temperature or None,
+                top_k=0 if temperature > 0 else None,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            for row, text in enumerate(texts):
+                answers[places[row // samples]].append(text)
+    model.train(was_training)
+    return answers

@@ -1,0 +1,148 @@
+"""Local files and folders as numbered rows, one at a time, whatever they are written in.
+
+.txt .json .jsonl .csv .parquet, each also as .gz. Numbers count from 1; in .jsonl they are lines.
+Only a .json file that is one array is read whole.
+"""
+
+import csv
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow
+import pyarrow.parquet
+
+from common.errors import UserError
+from common.token_file import cut_points
+
+TEXT_CHARS = 1 << 22  # a longer .txt file comes as several rows, cut between two words
+NumberedRows = Iterator[tuple[int, Any]]
+
+_HELD_OUT = re.compile(r"(validation|valid|val|test|eval|dev)[-_.]")
+
+
+def local_files(source: str, split: str) -> list[Path] | None:
+    """The files of a local source; None if it can only be a name on the Hub.
+
+    Raises:
+        UserError: it looks like a path and nothing is there, or nothing that can be read.
+    """
+    path = Path(source).expanduser()
+    if source and path.is_dir():
+        return _files_of_folder(path, split)
+    if path.is_file():
+        if _suffix(path) not in _READERS:
+            raise UserError(f"{source}: cannot read {path.suffix or 'this'}; use {_known()}")
+        if split != "train":
+            raise UserError(f'{source}: one file has no split "{split}"; give that split\'s file')
+        return [path]
+    if _suffix(path) in _READERS or source[:1] in ("/", ".", "~", "") or source.count("/") > 1:
+        raise UserError(f"{source}: no such file or folder; check the path")
+    return None
+
+
+def _files_of_folder(folder: Path, split: str) -> list[Path]:
+    """Those named after the split; without such, all that are not named after another."""
+    files = sorted(file for file in folder.iterdir() if _suffix(file) in _READERS)
+    named = [file for file in files if re.match(rf"{re.escape(split)}[-_.]", file.name)]
+    if not named and split == "train":
+        named = [file for file in files if not _HELD_OUT.match(file.name)]
+    if not named:
+        raise UserError(f'{folder}: no files for split "{split}" in it; expected {_known()}')
+    return named
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def _known() -> str:
+    return " ".join(_READERS) + " (or those with .gz)"
+
+
+def read_rows(path: Path) -> NumberedRows:
+    """Every row of a file with its number.
+
+    Raises:
+        UserError: the file, or the row at hand, cannot be read.
+    """
+    try:
+        yield from _READERS[_suffix(path)](path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+    except (csv.Error, OSError, EOFError, pyarrow.ArrowInvalid) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read ({reason}); make the file again") from None
+
+
+def _open(path: Path, newline: str | None = None) -> IO[str]:
+    opener: Any = gzip.open if path.name.endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8-sig", newline=newline)
+
+
+def _read_txt(path: Path) -> NumberedRows:
+    number, rest = 1, ""
+    with _open(path) as file:
+        while block := file.read(TEXT_CHARS):
+            rest += block
+            for cut in cut_points(rest, TEXT_CHARS):
+                yield number, {"text": rest[:cut]}
+                number, rest = number + 1, rest[cut:]
+                break
+    yield number, {"text": rest}
+
+
+def _read_jsonl(path: Path) -> NumberedRows:
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(
+                        f"{path}, row {number}: not JSON ({error.msg}, character {error.colno}); "
+                        "expected one object a line"
+                    ) from None
+
+
+def _read_json(path: Path) -> NumberedRows:
+    with _open(path) as file:
+        first = file.read(1)
+        while first.isspace():
+            first = file.read(1)
+        if first == "[":
+            try:
+                yield from enumerate(json.loads(first + file.read()), start=1)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}: not JSON ({error.msg}, line {error.lineno}); expected a list of rows"
+                ) from None
+            return
+    yield from _read_jsonl(path)
+
+
+def _read_csv(path: Path) -> NumberedRows:
+    csv.field_size_limit(1 << 30)
+    with _open(path, newline="") as file:
+        for number, row in enumerate(csv.DictReader(file, strict=True), start=1):
+            if None in row:
+                raise UserError(f"{path}, row {number}: more cells than columns; quote the commas")
+            yield number, row
+
+
+def _read_parquet(path: Path) -> NumberedRows:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
+        yield from enumerate(rows, start=1)
+
+
+_READERS: dict[str, Callable[[Path], NumberedRows]] = {
+    ".txt": _read_txt,
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

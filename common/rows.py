@@ -1,0 +1,246 @@
+"""What a row of someone's data may look like, and how each look becomes ours.
+
+`find_shape` recognises a row by its fields; the shape's `convert` checks the row and gives our own:
+
+    text        {"text": str}
+    messages    {"messages": [{"role", "content"}, ...]}, ending in assistant
+    preference  {"prompt": [...], "chosen": [assistant], "rejected": [assistant]}
+    prompt      {"prompt": [...]}, ending in user
+
+Messages begin with at most one system turn; then user and assistant take turns.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+Messages = list[dict[str, str]]
+
+# ShareGPT's names for the roles.
+_ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("system", "user", "assistant")}
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on; the message says which field and why."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a source, seen through `columns`: our field -> their column."""
+
+    values: dict[str, Any]
+    columns: dict[str, str]
+    expected: str = ""
+
+    def name(self, field: str) -> str:
+        """What the source calls our field."""
+        return self.columns.get(field, field)
+
+    def has(self, field: str) -> bool:
+        """Whether the row has it; null counts as missing."""
+        return self.values.get(self.name(field)) is not None
+
+    def get(self, field: str) -> Any:
+        """The value.
+
+        Raises:
+            BadRow: it is missing.
+        """
+        if not self.has(field):
+            raise BadRow(f'"{self.name(field)}" is missing; expected {self.expected}')
+        return self.values[self.name(field)]
+
+    def text(self, field: str) -> str:
+        """The value, checked to be text with something in it."""
+        return _check_text(self.get(field), f'"{self.name(field)}"')
+
+    def is_blank(self, field: str) -> bool:
+        """Whether the value is text with nothing in it."""
+        value = self.values.get(self.name(field))
+        return isinstance(value, str) and not value.strip()
+
+    def messages(self, field: str, role: str) -> Messages:
+        """The value as messages; plain text is one message by `role`."""
+        value, name = self.get(field), f'"{self.name(field)}"'
+        if isinstance(value, str):
+            return [{"role": role, "content": self.text(field)}]
+        if isinstance(value, dict):
+            value = [value]
+        if not isinstance(value, list) or not value:
+            raise BadRow(f"{name} is {_show(value)}; expected text, or a list of messages")
+        return [_message(item, f"{name}[{i}]") for i, item in enumerate(value)]
+
+    def system(self) -> Messages:
+        """The optional column `system`, as a turn of its own."""
+        value = self.values.get(self.name("system"))
+        return [{"role": "system", "content": self.text("system")}] if value else []
+
+
+def _message(value: Any, name: str) -> dict[str, str]:
+    """{"role", "content"}, from that or from ShareGPT's {"from", "value"}."""
+    if not isinstance(value, dict):
+        raise BadRow(f"{name} is {_show(value)}; expected a message with role and content")
+    keys = ("from", "value") if value.get("from") is not None else ("role", "content")
+    role, content = (value.get(key) for key in keys)
+    if role not in _ROLES:
+        raise BadRow(f'{name}: "{keys[0]}" is {_show(role)}; expected system, user or assistant')
+    return {"role": _ROLES[role], "content": _check_text(content, f'{name}: "{keys[1]}"')}
+
+
+def _check_text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"{name} is {_show(value)}; expected text")
+    if not value.strip():
+        raise BadRow(f"{name} is empty; expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"{name} holds half a character (a lone surrogate); expected text") from None
+    return value
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return f"{text} ({type(value).__name__})"
+
+
+def _check_turns(messages: Messages, last: str) -> Messages:
+    """`messages`, if roles come in order and the last is `last`."""
+    offset = int(messages[0]["role"] == "system") if messages else 0
+    for turn, message in enumerate(messages[offset:]):
+        expected = ("user", "assistant")[turn % 2]
+        if message["role"] != expected:
+            raise BadRow(
+                f"turn {turn + offset + 1} is by {message['role']}; expected {expected}: "
+                "an optional system turn, then user and assistant in turns"
+            )
+    if len(messages) == offset or messages[-1]["role"] != last:
+        found = messages[-1]["role"] if messages else "nobody"
+        raise BadRow(f"the last turn is by {found}; expected {last}")
+    return messages
+
+
+def _conversation(field: str) -> Callable[[Row], dict[str, Any]]:
+    def convert(row: Row) -> dict[str, Any]:
+        messages = row.system() + row.messages(field, "user")
+        return {"messages": _check_turns(messages, "assistant")}
+
+    return convert
+
+
+def _question_and_answer(question: str, answer: str) -> Callable[[Row], dict[str, Any]]:
+    def convert(row: Row) -> dict[str, Any]:
+        prompt = row.messages(question, "user")
+        completion = row.messages(answer, "assistant")
+        return {"messages": _check_turns(row.system() + prompt + completion, "assistant")}
+
+    return convert
+
+
+def _instruction(row: Row) -> Messages:
+    """Alpaca's prompt: the instruction and, after an empty line, the input if there is any."""
+    instruction, extra = row.text("instruction"), row.values.get(row.name("input"))
+    if extra is not None and not isinstance(extra, str):
+        raise BadRow(f'"{row.name("input")}" is {_show(extra)}; expected text')
+    if extra and extra.strip():
+        instruction += "\n\n" + _check_text(extra, f'"{row.name("input")}"')
+    return [*row.system(), {"role": "user", "content": instruction}]
+
+
+def _alpaca(row: Row) -> dict[str, Any]:
+    return {"messages": [*_instruction(row), {"role": "assistant", "content": row.text("output")}]}
+
+
+def _preference(prompt_field: str | None) -> Callable[[Row], dict[str, Any]]:
+    """Where chosen and rejected are whole conversations, what they share is the prompt."""
+
+    def convert(row: Row) -> dict[str, Any]:
+        chosen = row.messages("chosen", "assistant")
+        rejected = row.messages("rejected", "assistant")
+        prompt = chosen[:-1]
+        if prompt != rejected[:-1]:
+            raise BadRow("chosen and rejected differ before their last turn; expected one prompt")
+        if not prompt and prompt_field:
+            prompt = row.messages(prompt_field, "user")
+        prompt = row.system() + prompt
+        for answer in (chosen, rejected):
+            _check_turns(prompt + answer[-1:], "assistant")
+        return {"prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+    return convert
+
+
+def _prompt(field: str) -> Callable[[Row], dict[str, Any]]:
+    """A conversation that ends in an answer gives what came before that answer."""
+
+    def convert(row: Row) -> dict[str, Any]:
+        prompt = row.system() + row.messages(field, "user")
+        if field != "prompt" and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+        return {"prompt": _check_turns(prompt, "user")}
+
+    return convert
+
+
+class Shape(NamedTuple):
+    """One look that rows may have, known by its `fields`."""
+
+    fields: tuple[str, ...]
+    convert: Callable[[Row], dict[str, Any]]
+    optional: tuple[str, ...] = ("system",)
+
+    def __str__(self) -> str:
+        *first, last = self.fields
+        return f"{', '.join(first)} and {last}" if first else last
+
+
+_ALPACA_EXTRA = ("input", "system")
+SHAPES: dict[str, list[Shape]] = {
+    "text": [Shape(("text",), lambda row: {"text": row.text("text")}, ())],
+    "messages": [
+        Shape(("messages",), _conversation("messages")),
+        Shape(("conversations",), _conversation("conversations")),
+        Shape(("prompt", "completion"), _question_and_answer("prompt", "completion")),
+        Shape(("question", "answer"), _question_and_answer("question", "answer")),
+        Shape(("instruction", "output"), _alpaca, _ALPACA_EXTRA),
+    ],
+    "preference": [
+        Shape(("prompt", "chosen", "rejected"), _preference("prompt")),
+        Shape(("conversations", "chosen", "rejected"), _preference("conversations")),
+        Shape(("chosen", "rejected"), _preference(None)),
+    ],
+    "prompt": [
+        Shape(("prompt",), _prompt("prompt")),
+        Shape(("messages",), _prompt("messages")),
+        Shape(("conversations",), _prompt("conversations")),
+        Shape(("question",), _prompt("question")),
+        Shape(("instruction",), lambda row: {"prompt": _instruction(row)}, _ALPACA_EXTRA),
+    ],
+}
+
+
+def find_shape(format: str, values: dict[str, Any], columns: dict[str, str]) -> Shape:
+    """The shape that a source's first row has.
+
+    Where none fits wholly, the one with most fields does; its `convert` names what is missing.
+
+    Raises:
+        BadRow: none fits, or two fit equally.
+    """
+    row = Row(values, columns)
+    shapes = [s for s in SHAPES[format] if set(columns) <= {*s.fields, *s.optional}]
+    there = [sum(map(row.has, shape.fields)) for shape in shapes]
+    whole = [s for s, n in zip(shapes, there, strict=True) if n == len(s.fields)]
+    part = [s for s, n in zip(shapes, there, strict=True) if n == max(there) > 0]
+    # Of "chosen, rejected" and "prompt, chosen, rejected" the larger explains the row.
+    found = [s for s in whole if not any(set(s.fields) < set(o.fields) for o in whole)] or part
+    if len(found) == 1 or (found and format == "prompt"):
+        return found[0]
+    has = f"the row has {', '.join(map(str, values)) or 'no columns'}"
+    expected = ", or ".join(map(str, found or shapes))
+    if found and found == whole:
+        raise BadRow(f"{has}: fits {expected}; name the columns to take with `columns`")
+    raise BadRow(
+        f'{has}; format "{format}" needs {expected}: rename, or map with `columns` (our: theirs)'
+    )

@@ -1,0 +1,47 @@
+"""Scores of a reward model and log-probabilities of a policy, for whole conversations."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from common.batches import Chat, by_length, pad, render
+
+
+@torch.no_grad()
+def score_chats(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Chat]
+) -> list[float]:
+    """The reward model's score of each conversation, read at its last token."""
+    rows = render(tokenizer, chats)
+    scores = [0.0] * len(rows)
+    model.eval()
+    for places in by_length(rows):
+        chosen = [rows[place] for place in places]
+        ids, mask = pad(chosen, int(tokenizer.pad_token_id), "right", model.device)
+        logits = model(ids, attention_mask=mask).logits  # (B, 1)
+        for place, score in zip(places, logits.squeeze(-1).tolist(), strict=True):
+            scores[place] = score
+    return scores
+
+
+@torch.no_grad()
+def answer_logprobs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Chat]
+) -> list[float]:
+    """log p(answer and its end | question) of each conversation, in nats."""
+    whole = render(tokenizer, chats)
+    asked = render(tokenizer, [chat[:-1] for chat in chats], ask=True)
+    sums = [0.0] * len(whole)
+    model.eval()
+    for places in by_length(whole):
+        chosen = [whole[place] for place in places]
+        ids, mask = pad(chosen, int(tokenizer.pad_token_id), "right", model.device)
+        logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        logprobs = -torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), ids[:, 1:], reduction="none"
+        )  # (B, T - 1): entry t is of token t + 1
+        starts = torch.tensor([len(asked[place]) for place in places], device=ids.device)
+        position = torch.arange(1, ids.shape[1], device=ids.device)
+        counts = (position >= starts[:, None]) & mask[:, 1:].bool()
+        for place, total in zip(places, (logprobs * counts).sum(1).tolist(), strict=True):
+            sums[place] = total
+    return sums

@@ -1,0 +1,113 @@
+"""What the three stages on TRL's trainers share: their data fields, their start, their resuming."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+
+from common.artifacts import StageOutput, hash_model, require_parent
+from common.config import config_values
+from common.device import has_bf16
+from common.tasks import Task, load_task
+
+# TRL's defaults are for large models on GPUs; these are for any size on anything.
+TRAINER_DEFAULTS = {
+    "bf16": has_bf16(),
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_total_limit": 1,
+    "disable_tqdm": False,
+    "ddp_find_unused_parameters": False,
+    "dataloader_pin_memory": False,
+}
+
+
+@dataclass
+class DataConfig:
+    """The model to start from and the data, in every stage after the first."""
+
+    model_name_or_path: str = field(metadata={"help": "the parent: a finished stage's directory"})
+    data: str = field(metadata={"help": "arden, shakespeare, a file or folder, or a Hub name"})
+    parent_command: str = field(
+        default="make all", metadata={"help": "what to run when the parent is missing"}
+    )
+    columns: dict | None = field(
+        default=None, metadata={"help": "our field: the data's column, e.g. prompt: question"}
+    )
+    plays: bool = field(default=False, metadata={"help": "the data is a text in play form"})
+    realm_seed: int = field(default=1, metadata={"help": "the realm of Arden"})
+    validation_fraction: float = field(
+        default=0.05, metadata={"help": "share of one's own rows that is held out"}
+    )
+    max_new_tokens: int = field(default=48, metadata={"help": "longest answer, in tokens"})
+    evaluate_on: str = field(
+        default="test", metadata={"help": "test, or dev when choosing settings (Arden)"}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "replace a run of another configuration"}
+    )
+
+
+@dataclass
+class Stage:
+    """A stage that is about to run."""
+
+    output: StageOutput
+    task: Task
+    parent: Path
+
+
+def open_stage(config: Any, args: TrainingArguments, **parents: str) -> Stage:
+    """Check parents and output directory; checkpoints go to a folder of their own.
+
+    Args:
+        config: a `DataConfig`.
+        args: the trainer's, whose `output_dir` is the stage's.
+        parents: further finished directories that the stage reads, by role.
+
+    Raises:
+        UserError: a parent is missing, or the output directory holds another run.
+    """
+    parent = require_parent(config.model_name_or_path, config.parent_command)
+    sources = {"parent": hash_model(parent)}
+    for role, path in parents.items():
+        sources[role] = hash_model(require_parent(path, config.parent_command))
+    task = load_task(
+        config.data,
+        realm_seed=config.realm_seed,
+        plays=config.plays,
+        columns=config.columns,
+        validation_fraction=config.validation_fraction,
+    )
+    sources["data"] = task.fingerprint()
+    values = config_values(config, args)
+    output = StageOutput(str(args.output_dir), values, sources, config.overwrite)
+    args.output_dir = str(output.checkpoints)
+    return Stage(output, task, parent)
+
+
+def train_or_resume(trainer: Trainer, checkpoints: Path) -> float:
+    """Train from the newest whole checkpoint, or from the start; seconds that this call took."""
+    whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    return round(time.perf_counter() - start, 1)
+
+
+def format_samples(title: str, questions: list[str], answers: list[list[str]]) -> str:
+    """Questions with their answers as Markdown."""
+    parts = [f"# {title}\n"]
+    for question, several in zip(questions, answers, strict=True):
+        said = "\n".join(f"- {answer!r}" for answer in several)
+        parts.append(f"**{question}**\n\n{said}\n")
+    return "\n".join(parts)
+
+
+def print_figures(stage: str, figures: dict[str, Any]) -> None:
+    """The figures, one a line."""
+    print(f"\n{stage}")
+    for name, value in figures.items():
+        print(f"  {name:<34} {value:.4g}" if isinstance(value, float) else f"  {name:<34} {value}")

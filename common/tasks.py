@@ -1,0 +1,211 @@
+"""What the stages train on and are measured by: Arden, plays, or the reader's own files.
+
+Each kind of data is a class with the methods that the stages call; `load_task` picks it by name.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from datasets import Dataset
+
+from common import plays
+from common.arden.task import ArdenTask
+from common.data import dataset_fingerprint, holdout, load_rows
+from common.errors import UserError
+
+Answer = Callable[[list[str]], list[str]]
+Sample = Callable[[list[str]], list[list[str]]]
+HELD_OUT_SHARE = 0.05  # of a reader's own rows, for evaluation
+
+
+class Task(Protocol):
+    """What a stage asks of its data."""
+
+    documents_apart: bool  # texts are documents of their own, not pieces of one stream
+
+    def fingerprint(self) -> str:
+        """Identifies the content."""
+
+    def texts(self, split: str) -> Iterator[str]:
+        """Text to pretrain on: `train` or `validation`."""
+
+    def tokenizer_texts(self) -> Iterator[str]:
+        """Text to train a tokenizer on."""
+
+    def text_figures(self) -> dict[str, float]:
+        """What is known of the text beforehand, for the summary."""
+
+    def conversations(self, split: str) -> Dataset:
+        """`messages` rows for fine-tuning."""
+
+    def rankings(self, sample: Sample, split: str, count: int, noise: float) -> Dataset:
+        """`prompt`, `chosen`, `rejected` rows; `kind` and `flipped` where they are known."""
+
+    def prompt_rows(self, split: str, count: int) -> Dataset:
+        """`prompt` rows for PPO."""
+
+    def measure(self, answer: Answer, use: str = "test") -> dict[str, float]:
+        """Figures of a model that answers questions."""
+
+    def sample_questions(self) -> list[str]:
+        """A few questions for `samples.md`."""
+
+
+def load_task(data: str, *, realm_seed: int = 1, documents: int = 0, **options: Any) -> Task:
+    """`arden`, `shakespeare`, or a file, folder or Hub name of one's own.
+
+    Args:
+        data: the name; a file in play form counts as plays where `plays=True`.
+        realm_seed: for Arden.
+        documents: for Arden, the chronicle's length.
+        options: `plays`, `columns`, `validation_fraction`, of which each kind takes its own.
+    """
+    if data == "arden":
+        return ArdenTask(realm_seed, documents)
+    if data == "shakespeare" or options.get("plays"):
+        return PlaysTask(None if data == "shakespeare" else data)
+    return FileTask(
+        data, options.get("columns"), options.get("validation_fraction", HELD_OUT_SHARE)
+    )
+
+
+class PlaysTask:
+    """A text in play form: pretraining on the text, dialogue from it for the other stages."""
+
+    documents_apart = False
+    max_chars = 200  # of a speech, so that pairs fit the lesson's short contexts
+
+    def __init__(self, path: str | None) -> None:
+        self.path = plays.find_shakespeare(path)
+        text = self.path.read_text(encoding="utf-8")
+        self.parts = dict(zip(("train", "validation"), plays.split_text(text), strict=True))
+        self.words = set(re.findall(r"[a-z']+", text.lower()))
+
+    def fingerprint(self) -> str:
+        """sha256 of the text."""
+        return dataset_fingerprint(str(self.path))
+
+    def texts(self, split: str) -> Iterator[str]:
+        """The first 90% of the characters, or the last 10%."""
+        yield self.parts[split]
+
+    def tokenizer_texts(self) -> Iterator[str]:
+        """The training part and the validation part: every character gets a token."""
+        yield from self.parts.values()
+
+    def text_figures(self) -> dict[str, float]:
+        """Nothing is known of a poet's entropy."""
+        return {}
+
+    def conversations(self, split: str) -> Dataset:
+        """A speech, and the reply that follows it."""
+        return Dataset.from_list(self._pairs(split))
+
+    def rankings(self, sample: Sample, split: str, count: int, noise: float) -> Dataset:
+        """The true reply over a reply from elsewhere, and over the model's own."""
+        part = "train" if split == "train" else "validation"
+        speeches = plays.parse_plays(self.parts[part])
+        rows = plays.false_replies(plays.dialogue_pairs(speeches, self.max_chars), seed=0)[:count]
+        rows = [{**row, "kind": "true_elsewhere", "flipped": False} for row in rows]
+        drawn = sample([row["prompt"][-1]["content"] for row in rows])
+        own = [
+            {**row, "rejected": [{"role": "assistant", "content": answer}], "kind": "true_model"}
+            for row, answers in zip(rows, drawn, strict=True)
+            for answer in answers[:1]
+            if answer != row["chosen"][-1]["content"]
+        ]
+        return Dataset.from_list(rows + own)
+
+    def prompt_rows(self, split: str, count: int) -> Dataset:
+        """Speeches to reply to."""
+        pairs = self._pairs("train" if split in ("train", "align") else "validation")
+        random.Random(0).shuffle(pairs)
+        return Dataset.from_list([{"prompt": row["messages"][:-1]} for row in pairs[:count]])
+
+    def measure(self, answer: Answer, use: str = "test") -> dict[str, float]:
+        """Share of words that occur in the plays, of lines said twice, and words a reply."""
+        asked = [row["messages"][-2]["content"] for row in self._pairs("validation")[:200]]
+        replies = answer(asked)
+        words = [word for reply in replies for word in re.findall(r"[a-z']+", reply.lower())]
+        lines = [line for reply in replies for line in reply.splitlines() if line]
+        return {
+            "real_words": sum(word in self.words for word in words) / max(1, len(words)),
+            "repeated_lines": 1 - len(set(lines)) / max(1, len(lines)),
+            "words": len(words) / len(replies),
+        }
+
+    def sample_questions(self) -> list[str]:
+        """Speeches of the validation part."""
+        return [row["messages"][-2]["content"] for row in self._pairs("validation")[:8]]
+
+    def _pairs(self, split: str) -> list[dict[str, Any]]:
+        return plays.dialogue_pairs(plays.parse_plays(self.parts[split]), self.max_chars)
+
+
+class FileTask:
+    """One's own rows, in the formats of `common.data`; a share of them is held out."""
+
+    def __init__(
+        self, source: str, columns: dict[str, str] | None, validation_fraction: float
+    ) -> None:
+        self.source, self.columns, self.share = source, columns, validation_fraction
+        self.documents_apart = not source.removesuffix(".gz").endswith(".txt")
+
+    def fingerprint(self) -> str:
+        """sha256 of the file or folder; of a Hub set, its name."""
+        return dataset_fingerprint(self.source) if Path(self.source).exists() else self.source
+
+    def texts(self, split: str) -> Iterator[str]:
+        """The `text` column; of a plain text file, which is one stream, the part before the end."""
+        if self.documents_apart:
+            yield from self._rows("text", split)["text"]
+            return
+        pieces = load_rows(self.source, format="text")["text"]
+        left = round((1 - self.share) * sum(len(piece) for piece in pieces))
+        for piece in pieces:
+            part = piece[:left] if split == "train" else piece[left:]
+            left = max(0, left - len(piece))
+            if part:
+                yield part
+
+    def tokenizer_texts(self) -> Iterator[str]:
+        """The training part."""
+        return self.texts("train")
+
+    def text_figures(self) -> dict[str, float]:
+        """Nothing is known beforehand."""
+        return {}
+
+    def conversations(self, split: str) -> Dataset:
+        """`messages` rows."""
+        return self._rows("messages", split)
+
+    def rankings(self, sample: Sample, split: str, count: int, noise: float) -> Dataset:
+        """The file's own pairs."""
+        rows = self._rows("preference", split)
+        rows = rows.add_column("kind", ["given"] * len(rows))
+        return rows.add_column("flipped", [False] * len(rows))
+
+    def prompt_rows(self, split: str, count: int) -> Dataset:
+        """The prompts of the file, whatever its format."""
+        rows = self._rows("prompt", split)
+        return rows.select(range(min(count, len(rows))))
+
+    def measure(self, answer: Answer, use: str = "test") -> dict[str, float]:
+        """Only a reader knows what is right here."""
+        return {}
+
+    def sample_questions(self) -> list[str]:
+        """The first few held-out prompts."""
+        rows = self._rows("prompt", "validation")
+        return [row["prompt"][-1]["content"] for row in rows.select(range(min(8, len(rows))))]
+
+    def _rows(self, format: str, split: str) -> Dataset:
+        rows = load_rows(self.source, format=format, columns=self.columns)
+        if len(rows) < 2:
+            raise UserError(f"{self.source} has {len(rows)} row: at least 2, one is held out")
+        train, validation = holdout(rows, self.share, seed=0)
+        return train if split in ("train", "align") else validation

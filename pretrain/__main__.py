@@ -1,0 +1,144 @@
+"""Stage 1: text -> base model.
+
+make pretrain                              the chronicle of Arden
+make pretrain PROFILE=shakespeare DATA=input.txt
+accelerate launch -m pretrain --config configs/arden/pretrain.yaml --max_steps 500
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from common.artifacts import StageOutput
+from common.config import config_values, parse_config, run
+from common.device import has_bf16
+from common.errors import UserError
+from common.gpt import build_config, build_gpt
+from common.tasks import Task, load_task
+from common.token_file import TokenFile, write_token_file
+from common.tokenizer import load_tokenizer, model_vocab_size, train_bpe, train_characters
+from pretrain.config import ModelConfig, PretrainConfig
+from pretrain.train import train
+
+
+def main() -> None:
+    """Prepare the text once, train, and leave the artifacts of `common.artifacts`."""
+    model_config, config = parse_config(ModelConfig, PretrainConfig)
+    task = load_task(
+        config.data,
+        realm_seed=config.realm_seed,
+        documents=config.documents,
+        plays=config.plays,
+        validation_fraction=config.validation_fraction,
+    )
+    output = StageOutput(
+        config.output_dir,
+        config_values(model_config, config),
+        {"data": task.fingerprint()},
+        config.overwrite,
+    )
+    if output.finished:
+        print(f"{output.path} is finished; --overwrite true to train it anew")
+        return
+    accelerator = Accelerator(
+        mixed_precision="bf16" if has_bf16() else "no",
+        gradient_accumulation_steps=1,  # the loop adds up its micro-batches itself
+    )
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            output.start()
+            prepare_text(task, model_config, output.path / "data")
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(output.path / "data")
+    files = [TokenFile(output.path / "data" / f"{split}.bin") for split in ("train", "validation")]
+    model = make_model(model_config, tokenizer)
+    if len(files[0]) < 3 * model.config.max_position_embeddings:
+        raise UserError(
+            f"{config.data} has {len(files[0]):,} tokens to train on: "
+            f"at least {3 * model.config.max_position_embeddings:,} for this block_size"
+        )
+    figures = train(model, files[0], files[1], config, accelerator)
+    if accelerator.is_main_process:
+        summary = figures | task.text_figures() | {"parameters": count_parameters(model)}
+        first = tokenizer.bos_token_id if task.documents_apart else tokenizer("\n").input_ids[0]
+        output.finish(model, tokenizer, summary, write_samples(model, tokenizer, first))
+        print(" ".join(f"{name} {value}" for name, value in summary.items()))
+
+
+def prepare_text(task: Task, config: ModelConfig, folder: Path) -> None:
+    """Tokenizer and token files in `folder`; says how many characters are unknown."""
+    if (folder / "validation.bin.json").exists():
+        return
+    if config.tokenizer == "characters":
+        tokenizer = train_characters(task.tokenizer_texts())
+    elif config.tokenizer == "bpe":
+        tokenizer = train_bpe(task.tokenizer_texts(), config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(Path(config.tokenizer))
+    tokenizer.save_pretrained(folder)
+    for split in ("train", "validation"):
+        path = folder / f"{split}.bin"
+        info = write_token_file(task.texts(split), tokenizer, path, documents=task.documents_apart)
+        print(f"{split}: {info.tokens:,} tokens of {info.bytes:,} bytes, {info.unknown:,} unknown")
+
+
+def make_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A new GPT, or the checkpoint to go on from.
+
+    Raises:
+        UserError: the checkpoint's table has no room for the tokenizer.
+    """
+    if config.model_name_or_path:
+        model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path)
+        if model.config.vocab_size < len(tokenizer):
+            raise UserError(
+                f"{config.model_name_or_path} has {model.config.vocab_size} tokens, the tokenizer "
+                f"{len(tokenizer)}: give --tokenizer {config.model_name_or_path}"
+            )
+        return model
+    return build_gpt(
+        build_config(
+            config.shape,
+            vocab_size=model_vocab_size(tokenizer),
+            block_size=config.block_size,
+            num_hidden_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            intermediate_size=config.intermediate_size,
+            tie_word_embeddings=config.tie_word_embeddings,
+            dropout=config.dropout,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Trainable numbers, a tied table once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def write_samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, first_token: int
+) -> str:
+    """What the model writes at temperature 0.8 after `first_token`, as Markdown."""
+    sampler: Any = model.eval()  # `generate` is a mixin's
+    output = sampler.generate(
+        torch.full((8, 1), first_token, device=model.device),
+        max_new_tokens=min(200, model.config.max_position_embeddings - 1),
+        do_sample=True,
+        temperature=0.8,
+        top_k=0,
+    )
+    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+    return "# Samples at temperature 0.8\n\n" + "\n\n---\n\n".join(t.strip() for t in texts) + "\n"
+
+
+if __name__ == "__main__":
+    run(main)

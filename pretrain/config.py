@@ -1,0 +1,87 @@
+"""What can be set for pretraining; names that `TrainingArguments` has too mean the same here."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """The model to make, or the checkpoint to start from."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "checkpoint to go on training; without it, a blank page"}
+    )
+    shape: Literal["modern", "lesson"] = field(
+        default="modern", metadata={"help": "modern (Qwen3's) or lesson (GPT-2's)"}
+    )
+    block_size: int = field(default=256, metadata={"help": "context length, in tokens"})
+    num_hidden_layers: int = field(default=6, metadata={"help": "blocks"})
+    hidden_size: int = field(default=192, metadata={"help": "width of the residual stream"})
+    num_attention_heads: int = field(default=3, metadata={"help": "query heads"})
+    num_key_value_heads: int | None = field(
+        default=None, metadata={"help": "key and value heads (modern); default: as many as queries"}
+    )
+    intermediate_size: int | None = field(
+        default=None, metadata={"help": "width inside the MLP; default: by shape"}
+    )
+    tie_word_embeddings: bool = field(
+        default=True, metadata={"help": "embedding and head are one table"}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "dropout rate (lesson shape)"})
+    tokenizer: str = field(
+        default="bpe", metadata={"help": "characters, bpe (trained on the text), or a directory"}
+    )
+    vocab_size: int = field(default=1024, metadata={"help": "of a BPE trained here"})
+
+
+@dataclass
+class PretrainConfig:
+    """The text and the run."""
+
+    output_dir: str = field(metadata={"help": "where the finished model goes"})
+    data: str = field(metadata={"help": "arden, shakespeare, a file or folder, or a Hub name"})
+    overwrite: bool = field(
+        default=False, metadata={"help": "replace a run of another configuration"}
+    )
+    realm_seed: int = field(default=1, metadata={"help": "the realm of Arden to make"})
+    documents: int = field(default=24_000, metadata={"help": "length of Arden's chronicle"})
+    plays: bool = field(default=False, metadata={"help": "the data is a text in play form"})
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "share at the end of a text that is held out"}
+    )
+    max_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "windows a process"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "micro-batches a step"})
+    learning_rate: float = field(default=0.01, metadata={"help": "AdamW's: tables and vectors"})
+    muon_learning_rate: float = field(default=0.02, metadata={"help": "Muon's: matrices"})
+    weight_decay: float = field(default=0.0, metadata={"help": "Muon's"})
+    warmup_steps: int = field(default=10, metadata={"help": "linear warm-up of both"})
+    decay_fraction: float = field(
+        default=0.7, metadata={"help": "share of the run, at its end, in which rates fall to 0"}
+    )
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping"})
+    logging_steps: int = field(default=20, metadata={"help": "steps between lines of metrics"})
+    eval_steps: int = field(
+        default=0, metadata={"help": "steps between evaluations; 0: at the end only"}
+    )
+    save_steps: int = field(default=200, metadata={"help": "steps between checkpoints"})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "windows a process"})
+    seed: int = field(default=0, metadata={"help": "of weights, data order and dropout"})
+    torch_compile: bool = field(
+        default=False, metadata={"help": "worth its 10 to 20 s from a minute of training on"}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            UserError: a count below 1, or a share outside [0, 1].
+        """
+        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} ({getattr(self, name)}) must be at least 1")
+        for name in ("decay_fraction", "validation_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} ({getattr(self, name)}) must lie between 0 and 1")

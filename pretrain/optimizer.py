@@ -1,0 +1,86 @@
+"""Optimizers of pretraining: Muon for the matrices inside the blocks, AdamW for the rest.
+
+Muon (https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest
+orthogonal matrix, found by Newton-Schulz steps. torch has it as `torch.optim.Muon`; ours is
+that with two changes for small models: matrices of one shape go through the steps together, and
+in float32 where the machine has no fast bfloat16 (torch's always uses bfloat16).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from common.device import has_bf16
+
+# torch's default is 5; 3 learn as well here and cost less (docs/log.md)
+NEWTON_SCHULZ_STEPS = 3
+
+
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon` with batched orthogonalisation in the precision that is fast here."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
+        """One update of every matrix that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            same_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for param in group["params"]:
+                if param.grad is not None:
+                    same_shape[param.shape].append(param)
+            for shape, params in same_shape.items():
+                updates = orthogonalise(
+                    torch.stack([self._momentum(param, group) for param in params]),
+                    group["ns_coefficients"],
+                    group["ns_steps"],
+                )
+                scale = max(1.0, shape[0] / shape[1]) ** 0.5
+                for param, update in zip(params, updates.to(params[0].dtype), strict=True):
+                    param.mul_(1 - group["lr"] * group["weight_decay"])
+                    param.add_(update, alpha=-group["lr"] * scale)
+
+    def _momentum(self, param: Tensor, group: dict) -> Tensor:
+        assert param.grad is not None
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        buffer = state["momentum_buffer"].lerp_(param.grad, 1 - group["momentum"])
+        return param.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+
+
+def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Move the singular values of each (N, A, B) matrix near 1 by Newton-Schulz steps."""
+    a, b, c = coefficients
+    x = matrices.bfloat16() if has_bf16() else matrices.float()
+    tall = x.size(1) > x.size(2)
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def build_optimizers(
+    model: nn.Module, *, learning_rate: float, muon_learning_rate: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """[Muon, AdamW] over all parameters of a causal model; matrices of the blocks go to Muon.
+
+    Embeddings and head are matrices too, but tables, not maps: AdamW, as for the vectors.
+    """
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    tables |= {id(p) for p in model.get_output_embeddings().parameters()}  # type: ignore[operator]
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in tables]
+    inner = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in inner]
+    return [
+        Muon(
+            matrices, lr=muon_learning_rate, weight_decay=weight_decay, ns_steps=NEWTON_SCHULZ_STEPS
+        ),
+        torch.optim.AdamW(
+            rest, lr=learning_rate, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True
+        ),
+    ]

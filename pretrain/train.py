@@ -1,0 +1,215 @@
+"""The training loop: one screen, on accelerate, and what it leans on.
+
+The same seed gives the same weights however the batch is split into processes and micro-batches
+(to float32 rounding), and however often the run was killed and gone on with (bit for bit on CPU).
+"""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from common.artifacts import MetricsFile, read_json, write_json
+from common.token_file import TokenFile
+from pretrain.config import PretrainConfig
+from pretrain.optimizer import build_optimizers
+from pretrain.windows import evaluation_spans, training_starts
+
+
+def train(
+    model: PreTrainedModel,
+    train_file: TokenFile,
+    validation_file: TokenFile,
+    config: PretrainConfig,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Train `model` in place to `max_steps`; go on from the last checkpoint if there is one.
+
+    Returns:
+        `val_loss` (nats a token), `val_bits_per_byte`, `train_seconds`, `train_tokens`.
+
+    Raises:
+        RuntimeError: a loss that is not finite, before it can reach the weights.
+    """
+    metrics = MetricsFile(Path(config.output_dir) / "metrics.jsonl")
+    block_size = model.config.max_position_embeddings
+    optimizers = build_optimizers(
+        model,
+        learning_rate=config.learning_rate,
+        muon_learning_rate=config.muon_learning_rate,
+        weight_decay=config.weight_decay,
+    )
+    full_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    net, *optimizers = accelerator.prepare(model, *optimizers)
+    forward = torch.compile(net) if config.torch_compile else net
+    step, seconds = load_checkpoint(accelerator, config)
+    main = accelerator.is_main_process
+    if main:
+        metrics.rewind(step)
+    progress = tqdm(total=config.max_steps, initial=step, disable=not main, unit="step")
+    clock = time.perf_counter() - seconds  # runs while training, stands still while evaluating
+    figures: dict[str, float] = {}
+    while step < config.max_steps:
+        rate = rate_at(step, config)
+        for optimizer, full in zip(optimizers, full_rates, strict=True):
+            optimizer.param_groups[0]["lr"] = full * rate
+        batches = micro_batches(train_file, block_size, step, config, accelerator)
+        values = train_step(forward, optimizers, batches, step, config, accelerator)
+        step += 1
+        progress.update()
+        seconds = time.perf_counter() - clock
+        if step == config.max_steps or (config.eval_steps and step % config.eval_steps == 0):
+            figures = evaluate(net, validation_file, config, accelerator)
+            clock = time.perf_counter() - seconds
+        if step % config.logging_steps == 0 or figures:
+            tokens = step * tokens_per_step(block_size, config, accelerator)
+            progress.set_postfix(loss=f"{values['loss']:.3f}", tok_s=f"{tokens / seconds:,.0f}")
+            line = {"step": step, **values, "rate": rate, "tokens": tokens, **figures}
+            if main:
+                metrics.write(line | {"seconds": round(seconds, 2)})
+        if step % config.save_steps == 0 and step < config.max_steps:
+            save_checkpoint(accelerator, config, step, time.perf_counter() - clock)
+        final, figures = figures, {}
+    progress.close()
+    tokens = step * tokens_per_step(block_size, config, accelerator)
+    return final | {"train_seconds": round(seconds, 1), "train_tokens": tokens}
+
+
+def train_step(
+    forward: Any,
+    optimizers: list[Any],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    step: int,
+    config: PretrainConfig,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """One optimizer step over this process's micro-batches; `loss` and `grad_norm` of all."""
+    loss = torch.zeros((), device=accelerator.device)
+    for inputs, targets in batches:
+        part = token_loss(forward, inputs, targets) / config.gradient_accumulation_steps
+        accelerator.backward(part)
+        loss += part.detach()
+    loss = accelerator.reduce(loss, "mean")
+    if not math.isfinite(loss.item()):
+        raise RuntimeError(f"loss is {loss.item()} at step {step + 1}: the weights are untouched")
+    norm = accelerator.clip_grad_norm_(forward.parameters(), config.max_grad_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"loss": loss.item(), "grad_norm": float(norm)}
+
+
+def rate_at(step: int, config: PretrainConfig) -> float:
+    """The share of the full learning rate: linear warm-up, flat, linear fall to 0."""
+    falling = max(1.0, config.max_steps * config.decay_fraction)
+    warm = (step + 1) / max(1, config.warmup_steps)
+    return min(1.0, warm, (config.max_steps - step) / falling)
+
+
+def tokens_per_step(block_size: int, config: PretrainConfig, accelerator: Accelerator) -> int:
+    """Tokens that one optimizer step trains on, over all processes."""
+    per_device = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return per_device * accelerator.num_processes * block_size
+
+
+def micro_batches(
+    file: TokenFile, block_size: int, step: int, config: PretrainConfig, accelerator: Accelerator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's micro-batches of a step: (B, T) inputs and targets on its device."""
+    size = config.per_device_train_batch_size
+    count = config.gradient_accumulation_steps * accelerator.num_processes
+    starts = training_starts(len(file), block_size, step, size * count, config.seed)
+    mine = starts.reshape(count, size)[accelerator.process_index :: accelerator.num_processes]
+    for part in mine:
+        inputs, targets = file.batch(part, block_size)
+        yield inputs.to(accelerator.device), targets.to(accelerator.device)
+
+
+def token_loss(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over targets that are not -100, in nats: ()."""
+    logits = model(input_ids=inputs, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any, file: TokenFile, config: PretrainConfig, accelerator: Accelerator
+) -> dict[str, float]:
+    """Loss over the whole file, every token but the first predicted once.
+
+    Returns:
+        `val_loss` in nats a token and `val_bits_per_byte` of the text.
+    """
+    model.eval()
+    net = accelerator.unwrap_model(model)
+    spans = evaluation_spans(
+        file.tokens, net.config.max_position_embeddings, net.config.bos_token_id
+    )
+    mine = spans[accelerator.process_index :: accelerator.num_processes]
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    for first in range(0, len(mine), config.per_device_eval_batch_size):
+        inputs, targets = pad_spans(file, mine[first : first + config.per_device_eval_batch_size])
+        count = int((targets != -100).sum())
+        loss = token_loss(net, inputs.to(accelerator.device), targets.to(accelerator.device))
+        total += torch.tensor([loss.item() * count, count]).to(total)
+    nats, count = accelerator.reduce(total, "sum").tolist()
+    model.train()
+    return {
+        "val_loss": nats / count,
+        "val_bits_per_byte": nats / math.log(2) / file.info.bytes,
+    }
+
+
+def pad_spans(file: TokenFile, spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Inputs padded at the right with token 0, targets with -100: (B, T) int64 each."""
+    width = max(end - start for start, end in spans)
+    inputs = np.zeros((len(spans), width), dtype=np.int64)
+    targets = np.full((len(spans), width), -100, dtype=np.int64)
+    for row, (start, end) in enumerate(spans):
+        inputs[row, : end - start] = file.tokens[start:end]
+        targets[row, : end - start] = file.tokens[start + 1 : end + 1]
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def save_checkpoint(
+    accelerator: Accelerator, config: PretrainConfig, step: int, seconds: float
+) -> None:
+    """Weights, optimizers and generators; the older checkpoint goes when the new one is whole."""
+    folder = Path(config.output_dir) / "checkpoints"
+    scratch = folder / "unfinished"
+    if accelerator.is_main_process:
+        shutil.rmtree(scratch, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(scratch))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(scratch / "progress.json", {"step": step, "train_seconds": seconds})
+        os.replace(scratch, folder / f"step-{step}")
+        for old in folder.glob("step-*"):
+            if old.name != f"step-{step}":
+                shutil.rmtree(old)
+
+
+def load_checkpoint(accelerator: Accelerator, config: PretrainConfig) -> tuple[int, float]:
+    """(step, seconds trained) of the newest checkpoint, restored; (0, 0.0) without one."""
+    found = [
+        (read_json(path / "progress.json"), path)
+        for path in (Path(config.output_dir) / "checkpoints").glob("step-*")
+    ]
+    if not found:
+        return 0, 0.0
+    progress, path = max(found, key=lambda pair: pair[0]["step"])
+    accelerator.load_state(str(path))
+    return progress["step"], progress["train_seconds"]

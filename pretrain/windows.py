@@ -1,0 +1,51 @@
+"""Which stretches of a token file a step trains on, and which the evaluation reads.
+
+Both are pure functions, so a resumed run and any number of processes see the same data.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def training_starts(
+    token_count: int, block_size: int, step: int, batch_size: int, seed: int
+) -> NDArray[np.int64]:
+    """Where the windows of a step start: (batch_size,) int64.
+
+    Every epoch cuts the file into windows of `block_size` (+ 1 for the last target) from a new
+    random offset and goes through them in a new random order.
+    """
+    windows = (token_count - 1) // block_size - 1  # one less: room for the offset
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    return np.array(
+        [_epoch(windows, block_size, int(p) // windows, seed)[int(p) % windows] for p in places]
+    )
+
+
+@lru_cache(maxsize=2)
+def _epoch(windows: int, block_size: int, epoch: int, seed: int) -> NDArray[np.int64]:
+    generator = np.random.default_rng([seed, epoch])
+    offset = int(generator.integers(block_size))
+    return generator.permutation(windows) * block_size + offset
+
+
+def evaluation_spans(
+    tokens: NDArray[np.unsignedinteger], block_size: int, bos_token_id: int
+) -> list[tuple[int, int]]:
+    """Spans (first input, end of inputs) in which every token but the first is a target once.
+
+    A span ends where a document begins, if one does within `block_size`, so that documents that
+    fit are read from their own beginning; a text without documents is cut every `block_size`.
+    """
+    begins = np.flatnonzero(tokens == bos_token_id)
+    spans, start, last = [], 0, len(tokens) - 1
+    while start < last:
+        end = min(start + block_size, last)
+        if end < last:
+            inside = begins[np.searchsorted(begins, end, side="right") - 1] if len(begins) else 0
+            end = int(inside) if inside > start else end
+        spans.append((start, end))
+        start = end
+    return spans

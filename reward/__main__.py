@@ -1,0 +1,125 @@
+"""Stage 3: ranked answers -> reward model, on TRL's RewardTrainer.
+
+    make reward
+    accelerate launch -m reward --config configs/arden/reward.yaml --noise 0.2
+
+Answers are sampled from the fine-tuned model, set beside known faults and ranked by a labeller
+who errs; the GPT with a scalar head learns from the pairs (Bradley-Terry). One's own rankings
+(`prompt`, `chosen`, `rejected`) are taken as they are.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl import RewardConfig, RewardTrainer
+
+import common.gpt  # noqa: F401 - so that Auto classes load our GPT
+from common.artifacts import MetricsFile, require_parent, require_same_tokenizer, write_text
+from common.config import parse_config, run
+from common.generation import generate_answers
+from common.scoring import score_chats
+from common.stage import (
+    TRAINER_DEFAULTS,
+    DataConfig,
+    Stage,
+    format_samples,
+    open_stage,
+    print_figures,
+    train_or_resume,
+)
+from common.tokenizer import load_tokenizer
+from reward.figures import accuracy_figures
+
+
+@dataclass
+class RankingConfig(DataConfig):
+    """How rankings are collected."""
+
+    policy: str = field(
+        default="", metadata={"help": "the model whose answers are ranked; default: the parent"}
+    )
+    prompts: int = field(default=1500, metadata={"help": "questions to rank answers to"})
+    eval_prompts: int = field(default=300, metadata={"help": "questions never trained on"})
+    samples_per_prompt: int = field(default=4, metadata={"help": "answers drawn from the policy"})
+    noise: float = field(default=0.1, metadata={"help": "the labeller's rate of error"})
+
+
+def main() -> None:
+    """Collect rankings once, train, measure, leave the artifacts of `common.artifacts`."""
+    config, args = parse_config(RankingConfig, RewardConfig, defaults=TRAINER_DEFAULTS)
+    config.policy = config.policy or config.model_name_or_path
+    stage = open_stage(config, args, policy=config.policy)
+    if stage.output.finished:
+        print(f"{stage.output.path} is finished; --overwrite true to train it anew")
+        return
+    require_same_tokenizer(stage.parent, require_parent(config.policy, config.parent_command))
+    tokenizer = load_tokenizer(stage.parent)
+    splits = {"train": config.prompts, config.evaluate_on: config.eval_prompts}
+    with args.main_process_first():
+        if args.process_index == 0:
+            stage.output.start()
+            for split, count in splits.items():
+                collect(stage, config, split, count)
+    train, held_out = (
+        Dataset.from_json(str(stage.output.path / "rankings" / f"{split}.jsonl"))
+        for split in splits
+    )
+    torch.manual_seed(args.seed)  # of the new head
+    trainer = RewardTrainer(
+        model=AutoModelForSequenceClassification.from_pretrained(stage.parent, num_labels=1),
+        args=args,
+        train_dataset=train.select_columns(["prompt", "chosen", "rejected"]),
+        processing_class=tokenizer,
+        callbacks=[MetricsFile(stage.output.path / "metrics.jsonl")],
+    )
+    seconds = train_or_resume(trainer, stage.output.checkpoints)
+    if not trainer.is_world_process_zero():
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    scores = {
+        side: score_chats(model, tokenizer, [row["prompt"] + row[side] for row in held_out])
+        for side in ("chosen", "rejected")
+    }
+    summary = accuracy_figures(held_out, scores["chosen"], scores["rejected"])
+    summary |= {"pairs": len(train), "train_seconds": seconds}
+    samples = format_samples(
+        "Held-out pairs: score of the chosen, then of the rejected answer",
+        [row["prompt"][-1]["content"] for row in held_out.select(range(20))],
+        [
+            [f"{scores[side][place]:+.2f} {row[side][0]['content']}" for side in scores]
+            for place, row in enumerate(held_out.select(range(20)))
+        ],
+    )
+    stage.output.finish(model, tokenizer, summary, samples)
+    print_figures("reward", summary)
+
+
+def collect(stage: Stage, config: RankingConfig, split: str, count: int) -> None:
+    """Write `rankings/<split>.jsonl`, unless a run before this one did."""
+    path = stage.output.path / "rankings" / f"{split}.jsonl"
+    if path.exists():
+        return
+    policy = AutoModelForCausalLM.from_pretrained(config.policy)
+    tokenizer = load_tokenizer(config.policy)
+
+    def sample(questions: list[str]) -> list[list[str]]:
+        return generate_answers(
+            policy,
+            tokenizer,
+            questions,
+            max_new_tokens=config.max_new_tokens,
+            temperature=1.0,
+            samples=config.samples_per_prompt,
+            seed=1,
+        )
+
+    rows = stage.task.rankings(sample, split, count, config.noise)
+    write_text(path, "".join(f"{line}\n" for line in map(json.dumps, rows)))
+    print(f"reward: {len(rows):,} ranked pairs for {split}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,44 @@
+"""Keeps logs, evaluations, checkpoints and stops on the boundaries of PPO updates."""
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from common.errors import UserError
+
+
+class UpdateBoundary(TrainerCallback):
+    """Defer what Trainer wants in the middle of an update to the update's end.
+
+    A checkpoint holds no rollout, so only one between two rollouts resumes exactly.
+    """
+
+    DEFERRED = ("should_log", "should_evaluate", "should_save", "should_training_stop")
+
+    def __init__(self, steps_per_update: int):
+        self.steps_per_update = steps_per_update
+        self.pending: set[str] = set()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse to start or to end inside an update."""
+        for name in ("global_step", "max_steps"):
+            step = getattr(state, name)
+            if step % self.steps_per_update:
+                raise UserError(
+                    f"{name} ({step}) is not a multiple of the {self.steps_per_update} optimizer "
+                    "steps of an update: resume from, and stop at, the end of one"
+                )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Hold the flags back until the update is over."""
+        at_end = state.global_step % self.steps_per_update == 0
+        for name in self.DEFERRED:
+            if getattr(control, name):
+                self.pending.add(name)
+            setattr(control, name, at_end and name in self.pending)
+        if at_end:
+            self.pending.clear()

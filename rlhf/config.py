@@ -1,0 +1,158 @@
+"""What PPO adds to TRL's `RLOOConfig`, and the defaults it changes.
+
+One update is a rollout of `per_device_train_batch_size x gradient_accumulation_steps x
+num_mini_batches x processes` completions, followed by `num_ppo_epochs x num_mini_batches`
+optimizer steps on it. `max_steps`, `save_steps`, `eval_steps`, `logging_steps` and `warmup_steps`
+count optimizer steps, as everywhere in transformers; logs, evaluations and saves that fall inside
+an update wait for its end.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from trl import RLOOConfig
+
+from common.errors import UserError
+
+
+@dataclass
+class PPOConfig(RLOOConfig):
+    """PPO's own knobs; `beta` (KL coefficient), `temperature` and the rest are TRL's."""
+
+    num_updates: int | None = field(
+        default=None,
+        metadata={"help": "PPO updates to run. Sets max_steps = num_updates x steps_per_update."},
+    )
+    num_mini_batches: int = field(
+        default=4, metadata={"help": "Optimizer steps per pass over one rollout."}
+    )
+    num_ppo_epochs: int = field(default=1, metadata={"help": "Passes over one rollout."})
+    clip_range: float = field(default=0.2, metadata={"help": "Clip of the probability ratio."})
+    clip_range_value: float = field(
+        default=0.2, metadata={"help": "How far a value may move from the rollout's; 0 = no clip."}
+    )
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
+    gae_lambda: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
+    critic_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the critic; unset: learning_rate."}
+    )
+    critic_head: Literal["copy", "zero"] = field(
+        default="copy",
+        metadata={"help": "Value head at the start: the reward model's ('copy') or zeros."},
+    )
+    score_mean: float = field(
+        default=0.0, metadata={"help": "Mean score of the starting policy, subtracted."}
+    )
+    score_std: float = field(
+        default=1.0, metadata={"help": "Standard deviation of those scores, divided by."}
+    )
+    missing_eos_penalty: float = field(
+        default=1.0,
+        metadata={"help": "Taken off the normalised score of a completion that never ended."},
+    )
+
+    # Defaults that differ from TRL's
+    reward_clip_range: tuple[float, float] | None = field(
+        default=(-10.0, 10.0), metadata={"help": "Clip of the normalised score."}
+    )
+    normalize_advantages: bool = field(
+        default=True, metadata={"help": "Whiten advantages over all tokens of all processes."}
+    )
+    num_generations: int = field(
+        default=1, metadata={"help": "Completions sampled per prompt in one rollout."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "PPO needs dropout off."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Trade compute for memory in the update."}
+    )
+    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the policy."})
+    adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of AdamW."})
+    logging_steps: float = field(
+        default=1, metadata={"help": "Optimizer steps between logs; at most one log an update."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every parameter is used in every step."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check PPO's fields and fill in the ones RLOO knows by other names."""
+        self._check()
+        self._rename("epsilon", self.clip_range, default=0.2, ours="clip_range")
+        self._rename("num_iterations", self.num_ppo_epochs, default=1, ours="num_ppo_epochs")
+        self._rename(
+            "steps_per_generation",
+            self.gradient_accumulation_steps * self.num_mini_batches,
+            default=None,
+            ours="num_mini_batches",
+        )
+        if self.bf16 is None:
+            self.bf16 = torch.cuda.is_available() and not self.use_cpu and not self.fp16
+        if self.num_updates is not None:
+            self._rename(
+                "max_steps",
+                self.num_updates * self.steps_per_update,
+                default=-1,
+                ours="num_updates",
+            )
+        self._post_init_with_one_generation()
+        if self.max_steps > 0 and self.max_steps % self.steps_per_update:
+            raise UserError(
+                f"max_steps ({self.max_steps}) must be a multiple of num_ppo_epochs x "
+                f"num_mini_batches ({self.steps_per_update}), or set num_updates instead"
+            )
+
+    @property
+    def steps_per_update(self) -> int:
+        """Optimizer steps taken on one rollout."""
+        return self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def micro_steps_per_update(self) -> int:
+        """Forward and backward passes taken on one rollout, by each process."""
+        return self.steps_per_update * self.gradient_accumulation_steps
+
+    def _check(self) -> None:
+        """Refuse what PPO cannot honour."""
+        for name in ("num_mini_batches", "num_ppo_epochs", "num_generations", "score_std"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} ({getattr(self, name)}) must be above 0")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} ({getattr(self, name)}) must be between 0 and 1")
+        if not self.disable_dropout:
+            raise UserError("disable_dropout (False): PPO compares log-probabilities, set it True")
+        plain = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+        for name, value in plain.items():
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"{name} ({getattr(self, name)}): PPO trains the distribution it samples from, "
+                    f"set it to {value}; temperature is free"
+                )
+
+    def _rename(self, theirs: str, value: Any, default: Any, ours: str) -> None:
+        """Set a base field from ours; a different value given by the user is an error."""
+        given = getattr(self, theirs)
+        if given not in (default, value):
+            raise UserError(f"{theirs} ({given}) follows from {ours} ({value}): set {ours}")
+        setattr(self, theirs, value)
+
+    def _post_init_with_one_generation(self) -> None:
+        """Run RLOO's checks, which refuse one completion per prompt, with a number they accept."""
+        local_rollout = self.per_device_train_batch_size * int(self.steps_per_generation or 0)
+        if local_rollout < 2:
+            raise UserError("a rollout of 1 completion: raise per_device_train_batch_size")
+        num_generations, self.num_generations = self.num_generations, local_rollout
+        self.num_generations_eval = self.num_generations_eval or 1
+        given, self.generation_batch_size = self.generation_batch_size, None  # TRL derives it
+        super().__post_init__()
+        self.num_generations = num_generations
+        rollout = int(self.generation_batch_size or 0)
+        if given not in (None, rollout):
+            raise UserError(f"generation_batch_size ({given}) follows from the rest: {rollout}")
+        if rollout % num_generations:
+            raise UserError(
+                f"num_generations ({num_generations}) must divide the rollout "
+                f"({rollout} completions)"
+            )

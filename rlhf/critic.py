@@ -1,0 +1,190 @@
+"""The critic, and the one forward pass that gives policy and critic on completion tokens.
+
+The critic is a sequence-classification model with one label, read at every position. It hangs on
+the policy as a sub-module, so that accelerate sees one module: one optimizer, one DDP wrapper. The
+policy's own forward is unchanged unless it is given `completion_mask`.
+"""
+
+import contextlib
+import copy
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from common.errors import UserError
+
+
+class Critic(nn.Module):
+    """V of the state before each completion token, on the scale of normalised scores."""
+
+    def __init__(self, model: PreTrainedModel, score_mean: float = 0.0, score_std: float = 1.0):
+        super().__init__()
+        self.model: Any = model
+        self.score_mean = score_mean
+        self.score_std = score_std
+
+    def forward(self, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Tensor:
+        """Values of the masked tokens, (N,) float32 in row-major order."""
+        states = token_states(self.model.base_model, input_ids, prompt_lengths, mask)
+        return (self.model.score(states)[:, 0].float() - self.score_mean) / self.score_std
+
+
+def build_critic(
+    policy: PreTrainedModel | PeftModel,
+    reward_model: PreTrainedModel | None,
+    head: str = "copy",
+    score_mean: float = 0.0,
+    score_std: float = 1.0,
+) -> Critic:
+    """A critic with the reward model's trunk, or the policy's where there is no reward model.
+
+    With the reward model's head too, its values start as normalised scores of the unfinished text.
+    """
+    copied = reward_model is not None and head == "copy"
+    if reward_model is not None:
+        model: Any = type(reward_model)(reward_model.config)
+        model.load_state_dict(reward_model.state_dict())
+    else:
+        config = copy.deepcopy(policy.config)
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(config)
+        model.base_model.load_state_dict(_plain_state(language_model(policy).base_model))
+    if not copied:
+        nn.init.zeros_(model.score.weight)
+    disable_dropout(model)
+    return Critic(model.float(), score_mean, score_std) if copied else Critic(model.float())
+
+
+def plain_policy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """A copy of a policy in eval mode without critic, adapters merged into its weights."""
+    model = language_model(policy)
+    plain = type(model)(copy.deepcopy(model.config)).to(model.device, model.dtype)
+    if isinstance(policy, PeftModel):
+        policy.merge_adapter()
+    state = {k: v for k, v in _plain_state(model).items() if not k.startswith("critic.")}
+    plain.load_state_dict(state)
+    if isinstance(policy, PeftModel):
+        policy.unmerge_adapter()
+    plain.generation_config = copy.deepcopy(model.generation_config)
+    return plain.eval()
+
+
+def _plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """State of a model without what LoRA put into it."""
+    state = model.state_dict()
+    return {k.replace(".base_layer", ""): v for k, v in state.items() if "lora_" not in k}
+
+
+def language_model(policy: PreTrainedModel | PeftModel) -> Any:
+    """The causal model itself, adapters in place, out of a PEFT wrapper."""
+    return policy.get_base_model() if isinstance(policy, PeftModel) else policy
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turn off dropout layers, and attention dropout that models keep as a number.
+
+    Some copy that number from the config to the module, some read the config in each forward.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            for name in ("attention_dropout", "attn_pdrop"):
+                if isinstance(getattr(holder, name, None), float):
+                    setattr(holder, name, 0.0)
+
+
+def token_states(
+    trunk: nn.Module, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor
+) -> Tensor:
+    """Hidden states from which the masked completion tokens were chosen, (N, H).
+
+    Args:
+        trunk: the model without its head.
+        input_ids: (B, L) long, prompt and completion joined, padded at the right.
+        prompt_lengths: (B,) long.
+        mask: (B, T) bool, completion tokens wanted.
+    """
+    hidden = trunk(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state  # (B, L-1, H)
+    rows, steps = mask.nonzero(as_tuple=True)
+    return hidden[rows, prompt_lengths[rows] + steps - 1]
+
+
+def token_logprobs(
+    model: Any,
+    input_ids: Tensor,
+    prompt_lengths: Tensor,
+    mask: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each masked token and entropy of its distribution, (N,) float32 each.
+
+    The LM head runs on these tokens only. Arguments as in `token_states`.
+    """
+    states = token_states(model.base_model, input_ids, prompt_lengths, mask)
+    logits = model.get_output_embeddings()(states).float() / temperature  # (N, V)
+    rows, steps = mask.nonzero(as_tuple=True)
+    targets = input_ids[rows, prompt_lengths[rows] + steps]
+    logprobs = -F.cross_entropy(logits, targets, reduction="none")
+    if torch.is_grad_enabled():  # entropy is only logged, and only at rollout
+        return logprobs, torch.zeros_like(logprobs)
+    all_logprobs = logits.log_softmax(-1)
+    return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1)
+
+
+def to_grid(flat: Tensor, mask: Tensor) -> Tensor:
+    """Put (N,) figures of the masked tokens on their (B, T) grid, zero elsewhere."""
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
+
+def attach_critic(policy: PreTrainedModel | PeftModel, critic: Critic, temperature: float) -> None:
+    """Make `policy(input_ids, prompt_lengths=, completion_mask=)` give log-probs, entropy, values.
+
+    Each is (B, T) float32, zero outside the mask. Any other call goes to the policy's own forward.
+    """
+    plain_forward = policy.forward
+    policy.add_module("critic", critic)
+
+    @functools.wraps(type(policy).forward)  # `generate` reads the signature
+    def forward(
+        self: nn.Module, *args: object, completion_mask: Tensor | None = None, **kwargs: Tensor
+    ) -> object:
+        if completion_mask is None:
+            return plain_forward(*args, **kwargs)
+        where = kwargs["input_ids"], kwargs["prompt_lengths"], completion_mask
+        logprobs, entropy = token_logprobs(language_model(policy), *where, temperature)
+        flat = logprobs, entropy, critic(*where)
+        return tuple(to_grid(x, completion_mask) for x in flat)
+
+    policy.forward = types.MethodType(forward, policy)  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def detached_critic(policy: nn.Module) -> Iterator[None]:
+    """The policy without its critic, for what saves or loads the policy alone."""
+    critic = policy._modules.pop("critic")
+    try:
+        yield
+    finally:
+        policy._modules["critic"] = critic
+
+
+@torch.no_grad()
+def check_plain_logits(policy: PreTrainedModel | PeftModel) -> None:
+    """Refuse a model whose logits are more than its LM head on its last hidden states."""
+    model = language_model(policy)
+    weight = model.get_output_embeddings().weight
+    input_ids = torch.arange(4, device=weight.device)[None]
+    theirs = model(input_ids=input_ids).logits
+    ours = model.get_output_embeddings()(model.base_model(input_ids=input_ids).last_hidden_state)
+    if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2):
+        raise UserError(
+            f"{type(model).__name__} transforms its logits (soft-capping or scaling): not supported"
+        )

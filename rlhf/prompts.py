@@ -1,0 +1,50 @@
+"""Where prompts come from: checks on what the user gives, and the order they are drawn in."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import RepeatSampler
+
+from common.errors import UserError
+from rlhf.config import PPOConfig
+
+
+class EpochSampler(RepeatSampler):
+    """A `RepeatSampler` whose order depends on the epoch, not on how often it was iterated."""
+
+    def __init__(self, *, epoch: Callable[[], int], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """Indices of one epoch."""
+        if self.shuffle:
+            self.generator.manual_seed(int(self.seed or 0) + self.epoch())
+        return super().__iter__()
+
+
+def check_inputs(
+    path: str,
+    args: PPOConfig,
+    train_dataset: Dataset | IterableDataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """Refuse what would fail late or train on the wrong tokens; return the first row."""
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise UserError(
+            f"the tokenizer's pad token ({tokenizer.pad_token!r}) must exist and differ from eos "
+            f"({tokenizer.eos_token!r}): completions end with eos, and padding is not part of them"
+        )
+    if not path and args.beta != 0.0:
+        raise UserError("the policy must come from a path: the KL reference is loaded from there")
+    if train_dataset is None or "prompt" not in (train_dataset.column_names or ["prompt"]):
+        raise UserError("train_dataset must have a `prompt` column")
+    needed = int(args.generation_batch_size or 0) // args.num_generations
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < needed:
+        raise UserError(
+            f"train_dataset has {len(train_dataset)} prompts, an update takes {needed}: lower "
+            "per_device_train_batch_size, gradient_accumulation_steps or num_mini_batches"
+        )
+    return next(iter(train_dataset))

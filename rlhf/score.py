@@ -1,0 +1,101 @@
+"""A reward model as a reward function on token ids.
+
+TRL decodes completions and tokenizes them again for the reward model; EOS is lost on the way, so
+the model reads another last token than the one it learned to judge. Here it gets the very tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from common.errors import UserError
+
+
+def load_reward_model(path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load a scalar sequence-classification model whose tokenizer is the policy's."""
+    theirs = AutoTokenizer.from_pretrained(path)
+    same = theirs.get_vocab() == tokenizer.get_vocab()
+    if not same or theirs.chat_template != tokenizer.chat_template:
+        raise UserError(
+            f"the reward model {path} has another {'chat template' if same else 'vocabulary'} than "
+            "the policy: train it on the policy's tokenizer"
+        )
+    return AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, dtype=torch.float32
+    )
+
+
+def turn_suffix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the chat template writes after the EOS of the last answer, often nothing or a newline.
+
+    The reward model saw it in training, and reads its score there; the policy stops at EOS.
+    """
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+    ids = encoded["input_ids"]
+    eos = tokenizer.eos_token_id
+    return ids[len(ids) - ids[::-1].index(eos) :] if eos in ids else []
+
+
+class TokenScorer:
+    """A reward function in TRL's protocol that scores token ids with a reward model.
+
+    `trainer` must pass the prompts' token ids as the extra column `prompt_ids`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        suffix: list[int],
+        batch_size: int,
+        device: torch.device | str = "cpu",
+    ):
+        if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+            raise UserError(
+                f"the reward model {type(model).__name__} has no linear `score` head: "
+                "pass a Python function that calls it"
+            )
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.suffix = suffix
+        self.batch_size = batch_size
+        self.__name__ = model.config.name_or_path.rstrip("/").split("/")[-1] or "reward_model"
+
+    def __call__(
+        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], **_: object
+    ) -> list[float]:
+        """Scores, one per completion."""
+        rows = [self.tokens(p, c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        scores = [0.0] * len(rows)
+        for start in range(0, len(rows), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            for i, score in zip(batch, self._score([rows[i] for i in batch]).tolist(), strict=True):
+                scores[i] = score
+        return scores
+
+    def tokens(self, prompt: list[int], completion: list[int]) -> list[int]:
+        """The sequence as `RewardTrainer` would have tokenized it, cut where the policy was."""
+        finished = completion[-1] == self.tokenizer.eos_token_id
+        return prompt + completion + (self.suffix if finished else [])
+
+    @torch.no_grad()
+    def _score(self, rows: list[list[int]]) -> Tensor:
+        """Score a batch at each row's last token, (b,) float32; padding at the right is unseen."""
+        padded = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row) for row in rows],
+            batch_first=True,
+            padding_value=self.tokenizer.pad_token_id,
+        ).to(self.model.device)
+        hidden = self.model.base_model(input_ids=padded, use_cache=False).last_hidden_state
+        last = torch.tensor([len(row) - 1 for row in rows], device=padded.device)
+        states = hidden[torch.arange(len(rows), device=padded.device), last]  # (b, H)
+        return self.model.score(states)[:, 0].float()

@@ -1,0 +1,83 @@
+"""What a stage leaves behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.artifacts import (
+    MetricsFile,
+    StageOutput,
+    require_parent,
+    require_same_tokenizer,
+    write_json,
+    write_text,
+)
+from common.errors import UserError
+from common.report import rows
+from common.tokenizer import train_bpe, train_characters
+
+
+def start(path: Path, seed: int = 0, parent: str = "abc", overwrite: bool = False) -> StageOutput:
+    config = {"seed": seed, "output_dir": str(path), "overwrite": overwrite}
+    output = StageOutput(str(path), config, {"parent": parent}, overwrite)
+    output.start()
+    return output
+
+
+def test_same_run_goes_on_and_another_is_refused(tmp_path: Path) -> None:
+    output = start(tmp_path / "sft")
+    write_text(output.checkpoints / "x", "precious")
+    assert not start(tmp_path / "sft").finished
+    with pytest.raises(UserError, match=r"holds a run with seed 0 \(now 1\)"):
+        start(tmp_path / "sft", seed=1)
+    with pytest.raises(UserError, match="another parent"):
+        start(tmp_path / "sft", parent="def")
+    assert (output.checkpoints / "x").exists()
+    start(tmp_path / "sft", seed=1, overwrite=True)
+    assert not (output.checkpoints / "x").exists()
+
+
+def test_finished_is_a_summary(tmp_path: Path) -> None:
+    output = start(tmp_path)
+    write_json(output.path / "summary.json", {})
+    assert start(tmp_path).finished
+
+
+def test_write_leaves_no_scratch_behind(tmp_path: Path) -> None:
+    write_text(tmp_path / "a" / "b.txt", "one")
+    write_text(tmp_path / "a" / "b.txt", "two")
+    assert [path.read_text() for path in (tmp_path / "a").iterdir()] == ["two"]
+
+
+def test_metrics_lose_what_will_be_logged_again(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        metrics.write({"step": step, "loss": 1.0})
+    with metrics.path.open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    metrics.rewind(2)
+    lines = metrics.path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_missing_parent_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run `make sft` first"):
+        require_parent(str(tmp_path), "make sft")
+
+
+def test_other_tokenizer_is_refused(tmp_path: Path) -> None:
+    one, same, other = (tmp_path / name for name in "abc")
+    train_characters(["abc"]).save_pretrained(one)
+    padded = train_characters(["abc"])
+    padded(["a", "ab"], padding=True)  # leaves its state in the file: still the same tokenizer
+    padded.save_pretrained(same)
+    train_bpe(["abc"], 320).save_pretrained(other)
+    require_same_tokenizer(one, same)
+    with pytest.raises(UserError, match="differ in tokenizer"):
+        require_same_tokenizer(one, other)
+
+
+def test_report_rows() -> None:
+    summary = {"gold_before": 0.5, "gold_after": 0.75, "parameters": 1000, "train_seconds": 3.0}
+    assert rows(summary) == [("gold", "0.500 -> 0.750"), ("parameters", "1,000")]

@@ -1,0 +1,394 @@
+"""Every shape of data that is read, and every fault that is named before training."""
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import Dataset
+
+from common import readers
+from common.data import dataset_fingerprint, holdout, load_rows, measure_lengths
+from common.errors import UserError
+from common.tokenizer import train_characters
+
+
+def say(*turns: str) -> list[dict[str, str]]:
+    """say("s: Be brief.", "u: Hi", "a: Ho") as messages."""
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": roles[turn[0]], "content": turn[3:]} for turn in turns]
+
+
+def gpt(*turns: str) -> list[dict[str, str]]:
+    """The same in ShareGPT's words."""
+    names = {"s": "system", "u": "human", "a": "gpt"}
+    return [{"from": names[turn[0]], "value": turn[3:]} for turn in turns]
+
+
+UA = say("u: Hi", "a: Ho")
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Writes rows to a file and loads it."""
+
+    def write_and_load(rows, name="rows.jsonl", **options):
+        path = tmp_path / name
+        if isinstance(rows, str):
+            path.write_text(rows, encoding="utf-8")
+        else:
+            lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        options.setdefault("format", "messages")
+        return load_rows(str(path), cache_dir=str(tmp_path / "cache"), **options)
+
+    return write_and_load
+
+
+MESSAGES = [
+    ({"messages": UA, "id": 3}, UA),
+    ({"messages": say("s: S", "u: Hi", "a: Ho", "u: So", "a: No")}, None),
+    ({"prompt": "Hi", "completion": "Ho"}, UA),
+    (
+        {"prompt": say("s: S", "u: Hi"), "completion": say("a: Ho")},
+        say("s: S", "u: Hi", "a: Ho"),
+    ),
+    ({"system": "S", "prompt": "Hi", "completion": "Ho"}, say("s: S", "u: Hi", "a: Ho")),
+    ({"question": "Hi", "answer": "Ho", "system": None}, UA),
+    ({"instruction": "Hi", "input": "", "output": "Ho", "text": "x"}, UA),
+    ({"instruction": "Hi", "output": "Ho"}, UA),
+    ({"instruction": "Add", "input": "1, 2", "output": "3"}, say("u: Add\n\n1, 2", "a: 3")),
+    ({"conversations": gpt("s: S", "u: Hi", "a: Ho")}, say("s: S", "u: Hi", "a: Ho")),
+    ({"conversations": UA}, UA),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), MESSAGES)
+def test_messages(load, row, expected):
+    assert load([row, row]).to_list() == [{"messages": expected or row["messages"]}] * 2
+
+
+PLAIN = {"prompt": say("u: Hi"), "chosen": say("a: Ho"), "rejected": say("a: No")}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Hi", "chosen": "Ho", "rejected": "No"}, PLAIN),
+        (PLAIN, PLAIN),
+        ({"prompt": "Hi", "chosen": UA, "rejected": say("u: Hi", "a: No")}, PLAIN),
+        ({"chosen": UA, "rejected": say("u: Hi", "a: No")}, PLAIN),
+        (
+            {
+                "conversations": gpt("u: A", "a: B", "u: C"),
+                "chosen": gpt("a: Ho")[0],
+                "rejected": gpt("a: No")[0],
+            },
+            {**PLAIN, "prompt": say("u: A", "a: B", "u: C")},
+        ),
+    ],
+)
+def test_preference(load, row, expected):
+    assert load([row], format="preference").to_list() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Hi"}, say("u: Hi")),
+        ({"prompt": say("s: S", "u: Hi")}, say("s: S", "u: Hi")),
+        ({"prompt": "Hi", "chosen": "Ho", "rejected": "No"}, say("u: Hi")),
+        ({"messages": UA}, say("u: Hi")),
+        ({"conversations": gpt("u: A", "a: B", "u: C", "a: D")}, say("u: A", "a: B", "u: C")),
+        ({"question": "Hi", "answer": "Ho"}, say("u: Hi")),
+        ({"instruction": "Hi", "input": "x", "output": "Ho"}, say("u: Hi\n\nx")),
+    ],
+)
+def test_prompt(load, row, expected):
+    assert load([row], format="prompt").to_list() == [{"prompt": expected}]
+
+
+def test_text(load):
+    rows = load([{"text": " a\r\n"}, {"text": ""}, {"text": "é😀"}], format="text")
+    assert rows.to_list() == [{"text": " a\r\n"}, {"text": "é😀"}]
+
+
+def test_columns_and_keep(load):
+    row = {"q": "Hi", "a": "Ho", "kind": "fact", "messages": "none of ours"}
+    columns = {"prompt": "q", "completion": "a"}
+    assert load([row], columns=columns, keep=["kind"])[0] == {"messages": UA, "kind": "fact"}
+    assert load([{"body": "x"}], format="text", columns={"text": "body"})[0] == {"text": "x"}
+    two = {"prompt": "A", "completion": "B", "question": "Hi", "answer": "Ho"}
+    assert load([two], columns={"question": "question"})[0] == {"messages": UA}
+
+
+FAULTS = [
+    ([{"question": "a", "answer": "b"}] * 16 + [{"question": "a"}],
+     'row 17: "answer" is missing; expected question and answer (text)'),
+    ([{"question": "a"}], 'row 1: "answer" is missing; expected question and answer (text)'),
+    ([{"prompt": "a", "completion": None}], 'row 1: "completion" is missing; expected prompt and'),
+    ([{"prompt": "a", "completion": 42}], 'row 1: "completion" is 42 (int); expected text, or a'),
+    ([{"prompt": "a", "completion": " "}], 'row 1: "completion" is empty; expected text'),
+    ([{"instruction": "a", "output": 1.5}], 'row 1: "output" is 1.5 (float); expected text'),
+    ([{"instruction": "a", "input": [1], "output": "b"}], '"input" is [1] (list); expected text'),
+    ([{"messages": []}], '"messages" is [] (list); expected text, or a list of messages'),
+    ([{"messages": UA}, "", "  ", {"messages": [3]}], 'row 4: "messages"[0] is 3 (int); exp'),
+    ([{"messages": [{"role": "user"}]}], '"messages"[0]: "content" is None (NoneType); expected'),
+    ([{"messages": [{"role": "tool", "content": "x"}]}], '"role" is \'tool\' (str); expected sys'),
+    ([{"conversations": [{"from": "bot", "value": "x"}]}], '"from" is \'bot\' (str); expected sys'),
+    ([{"messages": say("u: a")}], "the last turn is by user; expected assistant"),
+    ([{"messages": say("s: a")}], "the last turn is by system; expected assistant"),
+    ([{"messages": say("a: a")}], "turn 1 is by assistant; expected user"),
+    ([{"messages": say("s: a", "s: b")}], "turn 2 is by system; expected user"),
+    ([{"messages": say("u: a", "u: b", "a: c")}], "turn 2 is by user; expected assistant"),
+    ([{"prompt": "\ud800", "completion": "x"}], '"prompt" holds half a character'),
+    ([{"prompt": "a", "completion": "b"}, '{"prompt": "a",'], "row 2: not JSON ("),
+    (["[1, 2]"], "row 1: is a list; expected an object with columns"),
+    ([{"foo": "a", "bar": "b"}], 'the row has foo, bar; format "messages" needs messages, or'),
+    ([{"messages": UA, "question": "a", "answer": "b"}],
+     "fits messages, or question and answer; name the columns to take"),
+    ("", "rows.jsonl: no rows in it"),
+    ("\n \n", "rows.jsonl: no rows in it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "message"), FAULTS)
+def test_faults_of_messages(load, rows, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        load(rows)
+    assert "\n" not in str(error.value)
+    assert "rows.jsonl" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "message"),
+    [
+        ("text", {"text": 3}, '"text" is 3 (int); expected text'),
+        ("text", {"text": None}, 'the row has text; format "text" needs text'),
+        ("prompt", {"prompt": UA}, "the last turn is by assistant; expected user"),
+        ("prompt", {"answer": "a"}, 'the row has answer; format "prompt" needs prompt, or'),
+        ("preference", {"prompt": "a", "chosen": "b"}, '"rejected" is missing; expected'),
+        ("preference", {"prompt": UA, "chosen": "b", "rejected": "c"}, "turn 3 is by assistant"),
+        ("preference", {"chosen": UA, "rejected": say("u: x", "a: y")}, "differ before their last"),
+        (
+            "preference",
+            {"prompt": "a", "chosen": say("u: b"), "rejected": "c"},
+            "turn 2 is by user",
+        ),
+    ],
+)
+def test_faults_of_other_formats(load, format, row, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load([row], format=format)
+
+
+def test_faults_of_arguments(load, tmp_path):
+    row = {"q": "Hi", "a": "Ho"}
+    for options, message in (
+        ({"format": "chat"}, 'format "chat" is unknown; must be one of text, messages'),
+        ({"columns": {"reply": "a"}}, 'columns: "reply" is no field of format "messages"'),
+        ({"columns": {"prompt": "q", "completion": "b"}}, 'row 1: "b" is missing; expected prompt'),
+        ({"columns": {"prompt": "q", "completion": "a"}, "keep": ["kind"]}, '"kind" is missing'),
+        ({"split": "test"}, 'one file has no split "test"; give that split\'s file'),
+        ({"name": "rows.xlsx"}, "cannot read .xlsx; use .txt .json .jsonl .csv .parquet"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            load([row], **options)
+    for source in ("gone.jsonl", "./gone", "/gone", "a/b/c", "gone.json.gz", ""):
+        with pytest.raises(UserError, match="no such file or folder"):
+            load_rows(source, format="text")
+
+
+def test_a_name_that_the_hub_does_not_give(monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **options):
+        calls.append((args, options["split"]))
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"\(no network\); check name, config .* local file$"):
+        load_rows("some/name:main", format="text", split="test[:10]")
+    assert calls == [(("some/name", "main"), "test[:10]")]
+
+
+def test_a_name_that_the_hub_gives(monkeypatch, tmp_path):
+    hub = Dataset.from_list([{"question": "Hi", "answer": "Ho"}, {"question": "Hi", "answer": ""}])
+    options = {"format": "messages", "cache_dir": str(tmp_path)}
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: hub)
+    with pytest.raises(UserError, match=r'^some/name, row 2: "answer" is empty'):
+        load_rows("some/name", **options)
+    hub = hub.select([0])
+    assert load_rows("some/name", **options).to_list() == [{"messages": UA}]
+    hub = Dataset.from_list([{"question": "So", "answer": "No"}])  # it changed there
+    assert load_rows("some/name", **options).to_list() == [{"messages": say("u: So", "a: No")}]
+
+
+def test_every_kind_of_file(tmp_path, load):
+    rows = [{"question": "Hi, you", "answer": "NA"}, {"question": "2020-01-01", "answer": "7\n8"}]
+    expected = [{"messages": say(f"u: {r['question']}", f"a: {r['answer']}")} for r in rows]
+    assert load(rows).to_list() == expected
+    assert load(rows, "lines.json").to_list() == expected
+    assert load("\n " + json.dumps(rows, indent=1), "array.json").to_list() == expected
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["question", "answer"])
+        writer.writeheader()
+        writer.writerows(rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for name in ("rows.csv", "rows.jsonl", "array.json"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    for name in ("rows.csv", "rows.parquet", "rows.csv.gz", "rows.jsonl.gz", "array.json.gz"):
+        source, cache = str(tmp_path / name), str(tmp_path / "cache")
+        assert load_rows(source, format="messages", cache_dir=cache).to_list() == expected, name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"text": "x"},\n {"text" 3}]', "not JSON (Expecting ':' delimiter, line 2)"),
+        ("a.json", b'["x"]', "row 1: is a str; expected an object with columns"),
+        ("a.csv", b"text,n\nx,1\ny,1,2\n", "row 2: more cells than columns"),
+        ("a.csv", b'text\n"x', "cannot be read (unexpected end of data)"),
+        ("a.csv", b"text\n", "no rows in it"),
+        ("a.parquet", b"PAR0", "cannot be read ("),
+        ("a.txt", b"\xff\xfe", "not UTF-8 (invalid start byte)"),
+        ("a.txt", b" \n", "no rows in it, or only empty ones"),
+        ("a.txt.gz", b"plain", "cannot be read (Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "cannot be read (Compressed file ended"),
+    ],
+)
+def test_damaged_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        load_rows(str(tmp_path / name), format="text", cache_dir=str(tmp_path / "cache"))
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_txt_file_is_one_row_and_a_large_one_several(load, monkeypatch):
+    text = "One two,\n\nthree  four five. " * 30
+    assert load("\ufeff" + text, "book.txt", format="text").to_list() == [{"text": text}]
+    monkeypatch.setattr(readers, "TEXT_CHARS", 100)
+    rows = load(text, "other.txt", format="text")["text"]
+    assert "".join(rows) == text
+    assert len(rows) > 5
+    assert all(len(row) < 200 and row[0] in " O" for row in rows)
+
+
+def test_folders(tmp_path):
+    def loaded(**options):
+        options = {"format": "text", "cache_dir": str(tmp_path / "cache"), **options}
+        return load_rows(str(tmp_path / "d"), **options)["text"][:]
+
+    (tmp_path / "d").mkdir()
+    with pytest.raises(UserError, match='no files for split "train" in it; expected'):
+        loaded()
+    (tmp_path / "d" / "b.txt").write_text("B")
+    (tmp_path / "d" / "a.jsonl").write_text('{"text": "A"}\n')
+    (tmp_path / "d" / "README.md").write_text("not data")
+    (tmp_path / "d" / "validation.jsonl").write_text('{"text": "V"}\n')
+    assert loaded() == ["A", "B"]
+    assert loaded(split="validation") == ["V"]
+    with pytest.raises(UserError, match='no files for split "test"'):
+        loaded(split="test")
+    (tmp_path / "d" / "train-00000.txt").write_text("T")
+    assert loaded() == ["T"]
+    (tmp_path / "d" / "train-00001.jsonl").write_text('{"text": "T"}\n{"text": 2}')
+    with pytest.raises(UserError, match=r"train-00001.jsonl, row 2: \"text\" is 2"):
+        loaded()
+
+
+def test_a_changed_file_is_read_again(load, tmp_path):
+    assert load([{"text": "one"}], format="text")["text"][:] == ["one"]
+    assert load([{"text": "two"}], format="text")["text"][:] == ["two"]
+    rows = load([{"text": "two"}], format="text")
+    assert rows.cache_files and str(tmp_path) in rows.cache_files[0]["filename"]  # not in memory
+
+
+def test_holdout_parts_no_prompt(tmp_path):
+    answers = [(f"q{i % 20}", f"a{i}") for i in range(60)]  # three answers a question
+    rows = Dataset.from_list([{"messages": say(f"u: {q}", f"a: {a}")} for q, a in answers])
+    train, evaluation = holdout(rows, 0.1, seed=0)
+    assert (len(train), len(evaluation)) == (54, 6)
+    asked = [{row["messages"][0]["content"] for row in part} for part in (train, evaluation)]
+    assert not asked[0] & asked[1]
+    assert [int(r["messages"][1]["content"][1:]) for r in train] == sorted(
+        int(r["messages"][1]["content"][1:]) for r in train
+    )
+    assert holdout(rows, 0.1, seed=0)[1].to_list() == evaluation.to_list()
+    assert holdout(rows, 0.1, seed=1)[1].to_list() != evaluation.to_list()
+    prompts = Dataset.from_list([{"prompt": say(f"u: {i}")} for i in range(4)])
+    assert [len(part) for part in holdout(prompts, 0.5, seed=0)] == [2, 2]
+    texts = Dataset.from_list([{"text": str(i)} for i in range(4)])
+    for fraction in (0, 0.01, 1, 1.5):
+        with pytest.raises(UserError, match="leaves a part empty"):
+            holdout(texts, fraction, seed=0)
+
+
+def test_fingerprints(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one")
+    one = hashlib.sha256(b"one").hexdigest()
+    assert dataset_fingerprint(tmp_path / "a.txt") == one
+    folder = dataset_fingerprint(str(tmp_path))
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    assert dataset_fingerprint(tmp_path) != folder
+    rows = Dataset.from_list([{"text": "x"}, {"text": "y"}])
+    assert dataset_fingerprint(rows) == dataset_fingerprint(rows.select([1, 0]).select([1, 0]))
+    assert dataset_fingerprint(rows) != dataset_fingerprint(rows.select([1, 0]))
+    with pytest.raises(UserError, match="no such file"):
+        dataset_fingerprint(tmp_path / "gone")
+
+
+def test_lengths_by_hand():
+    tokenizer = train_characters(["abc"])
+    # <bos><user> a a <eos><assistant> b b b <eos>: 10 tokens, the answer begins at index 6
+    rows = [say("u: aa", "a: bbb"), say("u: aa", "a: bbb", "u: c", "a: c"), say("u: a", "a: b")]
+    rows = Dataset.from_list([{"messages": row} for row in rows])
+    report = measure_lengths(rows, tokenizer, 10)
+    assert (report.rows, report.tokens, report.longest) == (3, 10 + 16 + 7, 16)
+    assert (report.truncated, report.tokens_cut, report.unanswered) == (1, 6, 0)
+    assert measure_lengths(rows, tokenizer, 7).unanswered == 0
+    assert measure_lengths(rows, tokenizer, 6).unanswered == 2
+    assert str(report) == (
+        "3 rows, 33 tokens, longest 16; max_length 10 cuts 1 rows and 6 tokens, "
+        "and leaves 0 rows without any answer"
+    )
+    pair = {"prompt": say("u: aa"), "chosen": say("a: bbb"), "rejected": say("a: b")}
+    report = measure_lengths(Dataset.from_list([pair]), tokenizer, 6)
+    assert (report.tokens, report.longest, report.truncated) == (18, 10, 1)
+    assert (report.tokens_cut, report.unanswered) == (6, 1)
+    report = measure_lengths(Dataset.from_list([{"prompt": say("u: aa")}]), tokenizer, 6)
+    assert (report.tokens, report.truncated, report.unanswered) == (6, 0, 1)
+    report = measure_lengths(Dataset.from_list([{"text": "abc"}]), tokenizer, 2)
+    assert (report.tokens, report.tokens_cut, report.unanswered) == (3, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "rows"),
+    [
+        ("alpaca_en_1k.json", "messages", 999),
+        ("alpaca_en_1k.json", "prompt", 999),
+        ("gsm8k_train.jsonl", "messages", 7473),
+        ("preferences_en_300.json", "preference", 300),
+        ("web_c4_sample.jsonl", "text", 300),
+        ("tinyshakespeare.txt", "text", 1),
+    ],
+)
+def test_real_files(name, format, rows, tmp_path):
+    folder = os.environ.get("FOLIO_TEST_DATA")
+    if not folder:
+        pytest.skip("FOLIO_TEST_DATA names no folder with the real data")
+    data = load_rows(str(Path(folder) / name), format=format, cache_dir=str(tmp_path))
+    assert len(data) == rows
+    if name == "tinyshakespeare.txt":
+        assert len(data[0]["text"]) == 1_115_394
+    if name == "preferences_en_300.json":
+        tokenizer = train_characters(["abc"])
+        report = measure_lengths(data.select(range(20)), tokenizer, 200)
+        assert 0 < report.truncated <= 20

@@ -1,0 +1,39 @@
+"""Which tokens a step trains on and which the evaluation reads."""
+
+import numpy as np
+
+from pretrain.windows import evaluation_spans, training_starts
+
+
+def test_an_epoch_covers_every_window_once() -> None:
+    starts = [training_starts(1001, 10, step, 7, seed=3) for step in range(14)]  # 98 of 99 windows
+    flat = np.concatenate(starts)
+    assert len(set(flat.tolist())) == len(flat)
+    assert set((flat - flat[0]) % 10) == {0}
+    assert flat.min() >= 0 and flat.max() + 10 < 1001
+
+
+def test_same_windows_for_any_split() -> None:
+    whole = training_starts(5000, 16, 3, 8, seed=1)
+    halves = [training_starts(5000, 16, step, 4, seed=1) for step in (6, 7)]
+    assert np.array_equal(whole, np.concatenate(halves))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    first = training_starts(1001, 10, 0, 50, seed=1)
+    assert not np.array_equal(first, training_starts(1001, 10, 2, 50, seed=1))
+    assert not np.array_equal(first, training_starts(1001, 10, 0, 50, seed=2))
+
+
+def test_evaluation_predicts_every_token_but_the_first_once() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        tokens = rng.integers(1, 6, size=int(rng.integers(2, 200))).astype(np.uint16)
+        targets = [t + 1 for a, b in evaluation_spans(tokens, 8, 1) for t in range(a, b)]
+        assert targets == list(range(1, len(tokens)))
+
+
+def test_spans_begin_with_documents_that_fit() -> None:
+    tokens = np.array([1, 5, 5, 1, 5, 5, 5, 1, 5], dtype=np.uint16)
+    assert evaluation_spans(tokens, 5, 1) == [(0, 3), (3, 8)]
+    assert evaluation_spans(np.full(9, 5, dtype=np.uint16), 5, 1) == [(0, 5), (5, 8)]

@@ -1,0 +1,120 @@
+"""PPO learns: a bandit, the KL coefficient, the exact optimum of a problem one can enumerate."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_policy
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from rlhf.trainer import PPOTrainer
+
+Build = Callable[..., PPOTrainer]
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def small_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """8 tokens, one layer: 57 completions of at most 2 tokens."""
+    path = tmp_path_factory.mktemp("small")
+    return save_policy(path, vocab_size=8, hidden_size=16, layers=1)
+
+
+def same_prompt(count: int = 128) -> Dataset:
+    return Dataset.from_dict({"prompt": ["w4 w5"] * count})
+
+
+def is_w6(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [float(ids[0] == 6) for ids in completion_ids]
+
+
+BANDIT = {
+    "dataset": same_prompt(),
+    "reward_funcs": is_w6,
+    "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 1,
+    "num_mini_batches": 4,
+    "max_completion_length": 1,
+    "missing_eos_penalty": 0.0,
+    "learning_rate": 1e-2,
+}
+
+
+def test_bandit_learns(build: Build, small_policy: str) -> None:
+    """Broken once: advantages negated; score placed on another token."""
+    trainer = build(small_policy, num_updates=20, beta=0.0, **BANDIT)
+    trainer.train()
+    scores = [line["score"] for line in trainer.state.log_history if "score" in line]
+    assert scores[0] < 0.3
+    assert scores[-1] > 0.9
+
+
+def test_kl_falls_as_beta_rises(build: Build, small_policy: str) -> None:
+    """Broken once: penalty's sign turned."""
+    kls = []
+    for beta in (0.05, 0.5, 5.0):
+        trainer = build(small_policy, num_updates=14, beta=beta, **BANDIT)
+        trainer.train()
+        lines = [line for line in trainer.state.log_history if "kl" in line]
+        kls.append(sum(line["kl"] for line in lines[-4:]) / 4)
+    assert kls[0] > 2 * kls[1] > 4 * kls[2]
+    assert kls[2] < 0.05
+
+
+COMPLETIONS = [(EOS,)] + [pair for pair in itertools.product(range(8), repeat=2) if pair[0] != EOS]
+TABLE = torch.randn(57, generator=torch.Generator().manual_seed(3))
+SCORES = dict(zip(COMPLETIONS, TABLE.tolist(), strict=True))
+
+
+def table_score(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [SCORES[tuple(ids)] for ids in completion_ids]
+
+
+@torch.no_grad()
+def sequence_logprobs(model: torch.nn.Module) -> torch.Tensor:
+    """Log-probability of each of the 57 completions of the one prompt."""
+    ids = torch.tensor([[4, 5, *c, 0][:4] for c in COMPLETIONS])
+    logprobs = model(input_ids=ids[:, :3]).logits[:, 1:].log_softmax(-1)
+    picked = logprobs.gather(2, ids[:, 2:, None])[:, :, 0]
+    picked[0, 1] = 0.0  # EOS ends the first
+    return picked.sum(1)
+
+
+def test_reaches_the_exact_optimum(build: Build, small_policy: str) -> None:
+    """pi* = pi_ref exp(score / beta) / Z, summed over all completions.
+
+    Broken once: penalty added twice; penalty only on the last token; lambda applied to the score.
+    """
+    beta = 0.5
+    trainer = build(
+        small_policy,
+        reward_funcs=table_score,
+        dataset=same_prompt(256),
+        per_device_train_batch_size=128,
+        gradient_accumulation_steps=1,
+        num_mini_batches=2,
+        max_completion_length=2,
+        missing_eos_penalty=0.0,
+        beta=beta,
+        gae_lambda=1.0,
+        learning_rate=1e-2,
+        lr_scheduler_type="linear",
+        num_updates=90,
+        logging_strategy="no",
+    )
+    reference = sequence_logprobs(AutoModelForCausalLM.from_pretrained(small_policy))
+    assert float(reference.exp().sum()) == pytest.approx(1.0, abs=1e-5)
+    scores = torch.tensor([SCORES[c] for c in COMPLETIONS])
+    optimum = (reference + scores / beta).log_softmax(0)
+
+    def gap(logprobs: torch.Tensor) -> float:
+        return float((logprobs.exp() * (logprobs - optimum)).sum())
+
+    trainer.train()
+    start, end = gap(reference), gap(sequence_logprobs(trainer.model.eval()))
+    print(f"KL to the optimum {start:.3f} -> {end:.4f}")
+    assert start > 0.5
+    assert end < 0.02

@@ -1,0 +1,333 @@
+"""A real tiny run: invariants of the first step, optimizer, rewards, checkpoints, refusals."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_config, build_tokenizer, count_w5, prompts
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from trl import RewardConfig, RewardTrainer
+
+from common.errors import UserError
+from rlhf.config import PPOConfig
+from rlhf.score import TokenScorer, turn_suffix
+from rlhf.trainer import PPOTrainer
+
+Build = Callable[..., PPOTrainer]
+
+
+def logs(trainer: PPOTrainer) -> list[dict[str, float]]:
+    return [line for line in trainer.state.log_history if "score" in line]
+
+
+def test_first_step_ratio_is_one(build: Build, reward_path: str) -> None:
+    """Broken once: rollout forwarded at another temperature than the update."""
+    trainer = build(reward_funcs=reward_path, num_mini_batches=1, num_updates=1)
+    trainer.train()
+    (line,) = logs(trainer)
+    for name in ("logratio", "approx_kl", "clipfrac", "kl"):
+        assert line[name] == 0.0, name
+    assert line["entropy"] > 0.5 and line["length"] > 1
+
+
+def test_a_broken_invariant_is_told_with_its_place(build: Build) -> None:
+    """Broken once: check removed."""
+    trainer = build()
+    estimate = trainer._estimate_advantages
+
+    def tamper(rollout: Any) -> None:
+        estimate(rollout)
+        rollout.logprobs += 0.01
+
+    trainer._estimate_advantages = tamper
+    with pytest.raises(RuntimeError, match=r"log-ratio 1.00e-02 .* update 1 \(process 0"):
+        trainer.train()
+
+
+def test_dropout_is_off(build: Build, tmp_path: Path) -> None:
+    """Broken once: attention dropout, which is no layer but a number, left on (log-ratio 0.1)."""
+    model = Qwen3ForCausalLM(Qwen3Config(**build_config(16).to_dict() | {"attention_dropout": 0.5}))
+    model.save_pretrained(tmp_path / "policy")
+    build_tokenizer(16).save_pretrained(tmp_path / "policy")
+    build(str(tmp_path / "policy"), num_updates=1).train()
+
+
+def test_optimizer_steps_and_one_log_an_update(build: Build) -> None:
+    """Broken once: callback that defers logs removed (a log per optimizer step).
+
+    32 prompts, 16 an update: the fourth update ends the second pass over the data.
+    """
+    trainer = build(num_updates=4, num_ppo_epochs=3)
+    steps = []
+    trainer.train_dataset = trainer.train_dataset.select(range(32))
+    create = trainer.create_optimizer
+
+    def counted(model: Any = None) -> torch.optim.Optimizer:
+        optimizer = create(model)
+        optimizer.register_step_post_hook(lambda *_: steps.append(trainer.state.global_step))
+        return optimizer
+
+    trainer.create_optimizer = counted
+    trainer.train()
+    assert len(steps) == trainer.state.global_step == 4 * 3 * 2
+    assert [line["step"] for line in logs(trainer)] == [6, 12, 18, 24]
+
+
+def test_critic_has_its_own_learning_rate_and_clip(build: Build) -> None:
+    """Broken once: one clip over both; critic left in the policy's groups."""
+    trainer = build(learning_rate=0.0, critic_learning_rate=1e-2, num_updates=1)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and all(n.startswith("critic.") for n in moved)
+    groups = trainer.optimizer.param_groups
+    assert sorted({g["lr"] for g in groups}) == [0.0, 1e-2]
+    count = sum(len(g["params"]) for g in groups)
+    assert count == len(list(trainer.model.parameters()))
+    for which, scale in (("policy", 100.0), ("critic", 3.0)):
+        for name, p in trainer.model.named_parameters():
+            if name.startswith("critic.") == (which == "critic"):
+                p.grad = torch.full_like(p, scale)
+    norm = trainer._clip_grad_norm(trainer.model)
+    sizes = {"policy": 0.0, "critic": 0.0}
+    for name, p in trainer.model.named_parameters():
+        sizes["critic" if name.startswith("critic.") else "policy"] += float(p.grad.square().sum())
+    assert norm > 1e3
+    assert sizes == pytest.approx({"policy": 1.0, "critic": 1.0}, rel=1e-3)
+
+
+def test_missing_eos_costs_the_penalty(build: Build) -> None:
+    """Broken once: penalty on every completion; on finished ones."""
+    dataset = Dataset.from_dict({"prompt": ["w4 w5"] * 16})
+    trainer = build(dataset=dataset, missing_eos_penalty=2.5, beta=0.0, score_mean=0.5, score_std=2)
+    fixed = [[5, 1], [5, 5, 5, 5]] * 8
+    trainer._generate = lambda prompts: ([[4, 5]] * 16, fixed, [""] * 16)
+    trainer.model.train()
+    rollout, _ = trainer._generate_and_score_completions(list(dataset))
+    rewards = rollout.advantages.sum(1)[:2].tolist()
+    assert rewards == pytest.approx([(0.5 - 0.5) / 2, (1.0 - 0.5) / 2 - 2.5])
+    assert trainer._metrics["train"]["eos_rate"] == [0.5]
+    assert trainer._metrics["train"]["score"] == [0.75]
+
+
+def test_several_rewards_weights_and_unscorable_rows(build: Build) -> None:
+    """Broken once: None scored as 0; weights ignored."""
+
+    def sometimes(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [None if ids[0] == 6 else 1.0 for ids in completion_ids]
+
+    def never(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [None if ids[0] == 6 else ids.count(5) for ids in completion_ids]
+
+    trainer = build(
+        reward_funcs=[sometimes, never],
+        reward_weights=[0.5, 2.0],
+        beta=0.0,
+    )
+    fixed = [[5, 5, 1], [6, 1]] * 8
+    trainer._generate = lambda prompts: ([[4]] * 16, fixed, [""] * 16)
+    trainer.model.train()
+    rollout, _ = trainer._generate_and_score_completions([{"prompt": "w4"}] * 16)
+    assert float(rollout.advantages[0].sum()) == 0.5 + 2.0 * 2
+    assert rollout.train_mask.sum(1).tolist()[:2] == [3, 0]
+    assert trainer._metrics["train"]["score"] == [4.5]
+    trainer._estimate_advantages(rollout)
+    assert not rollout.advantages[1].any()
+
+
+@pytest.mark.parametrize("conversational", [True, False])
+@pytest.mark.parametrize("newline", [True, False])
+def test_reward_model_sees_what_it_was_trained_on(
+    reward_path: str, tmp_path: Path, conversational: bool, newline: bool
+) -> None:
+    """Token ids and score equal RewardTrainer's own.
+
+    Broken once: EOS left off the scored tokens (trap 1); template's tail after EOS left off.
+    """
+    tokenizer = build_tokenizer(16)
+    if newline:
+        tokenizer.chat_template = tokenizer.chat_template.replace("' <eos>'", "' <eos> w15'")
+    model = AutoModelForSequenceClassification.from_pretrained(reward_path)
+    texts = [("w4 w5", "w6 w7 w8"), ("w9", "w10"), ("w4 w4 w5", "w11 w6")]
+    rows: list[dict[str, Any]] = []
+    for prompt, answer in texts:
+        if conversational:
+            user, reply = [{"role": "user", "content": prompt}], {"role": "assistant"}
+            chosen = [{**reply, "content": answer}]
+            rows.append({"prompt": user, "chosen": chosen, "rejected": chosen})
+        else:
+            rows.append({"prompt": prompt, "chosen": " " + answer, "rejected": " " + answer})
+    theirs = RewardTrainer(
+        model=model,
+        args=RewardConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    batch = theirs.data_collator([theirs.train_dataset[i] for i in range(3)])
+    suffix = turn_suffix(tokenizer) if conversational else []
+    scorer = TokenScorer(model, tokenizer, suffix, batch_size=2)
+    prompt_ids, completion_ids = [], []
+    for prompt, answer in texts:
+        if conversational:
+            message = [{"role": "user", "content": prompt}]
+            encoded = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_dict=True
+            )
+            prompt_ids.append(encoded["input_ids"])
+        else:
+            prompt_ids.append(tokenizer(prompt)["input_ids"])
+        completion_ids.append(tokenizer(answer)["input_ids"] + [1])
+    for i in range(3):
+        length = int(batch["attention_mask"][i].sum())
+        assert scorer.tokens(prompt_ids[i], completion_ids[i]) == (
+            batch["input_ids"][i, :length].tolist()
+        )
+    with torch.no_grad():
+        expected = model.eval()(
+            input_ids=batch["input_ids"][:3], attention_mask=batch["attention_mask"][:3]
+        ).logits[:, 0]
+    scores = torch.tensor(scorer(prompt_ids=prompt_ids, completion_ids=completion_ids))
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_critic_starts_as_the_reward_model(build: Build, reward_path: str) -> None:
+    """Value after the last token but one = its normalised score of that text.
+
+    Broken once: values not normalised; head left random.
+    """
+    trainer = build(reward_funcs=reward_path, score_mean=0.3, score_std=2.0)
+    ids = torch.tensor([[4, 5, 6, 7]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    where = {"input_ids": ids, "prompt_lengths": torch.tensor([2]), "completion_mask": mask}
+    _, _, values = trainer.model(**where)
+    reward_model = AutoModelForSequenceClassification.from_pretrained(reward_path)
+    score = reward_model(input_ids=ids[:, :3]).logits[0, 0]
+    torch.testing.assert_close(values[0, 1], (score - 0.3) / 2.0)
+    without = build()
+    assert not without.model(**where)[2].any()
+
+
+def test_resume_is_bit_exact(build: Build, tmp_path: Path, reward_path: str) -> None:
+    """From a checkpoint inside an epoch and from one at its end; critic, optimizer, RNG, data.
+
+    Broken once: critic not restored; order of prompts not tied to the epoch.
+    """
+    settings = {
+        "reward_funcs": reward_path,
+        "num_updates": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": None,
+        "output_dir": str(tmp_path / "run"),
+    }
+    whole = build(**settings)
+    whole.train()
+    saved = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
+    assert saved == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    for step in (2, 4):
+        resumed = build(**settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+        for name, p in whole.model.state_dict().items():
+            assert torch.equal(p, resumed.model.state_dict()[name]), (step, name)
+        for ours, theirs in zip(logs(whole), logs(resumed), strict=True):
+            assert ours["score"] == theirs["score"]
+
+
+def test_saved_policy_is_clean(build: Build, tmp_path: Path) -> None:
+    """Broken once: critic's weights in the policy's file."""
+    trainer = build(num_updates=1, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in (tmp_path / "final", tmp_path / "out" / "checkpoint-2"):
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert type(model) is Qwen3ForCausalLM
+        assert not info["unexpected_keys"] and not info["missing_keys"]
+        for name, p in model.state_dict().items():
+            assert torch.equal(p, trainer.model.state_dict()[name])
+    value_model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out" / "checkpoint-2" / "value_model"
+    )
+    assert torch.equal(value_model.score.weight, trainer.model.critic.model.score.weight)
+    assert any(name.startswith("critic.") for name in trainer.model.state_dict())
+    plain, ids = trainer.policy_model(), torch.tensor([[4, 5, 6]])
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(plain(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
+
+
+def test_evaluation_and_conversational_prompts(build: Build, reward_path: str) -> None:
+    """Broken once: evaluation left the metrics in the training log."""
+    trainer = build(
+        reward_funcs=[reward_path, count_w5],
+        dataset=prompts(32, conversational=True),
+        extra={"eval_dataset": prompts(8, conversational=True)},
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    trainer.train()
+    evals = [line for line in trainer.state.log_history if "eval_score" in line]
+    assert [line["step"] for line in evals] == [2, 4]
+    assert all(math.isfinite(line["eval_kl"]) and line["eval_length"] > 0 for line in evals)
+    assert {"rewards/count_w5/mean", "explained_variance"} <= logs(trainer)[0].keys()
+
+
+def test_lora(build: Build, tmp_path: Path) -> None:
+    """Adapter and critic train, the base does not, and without adapter it is the reference.
+
+    Broken once: reference taken with the adapter on (kl stays 0).
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+    trainer = build(extra={"peft_config": config}, learning_rate=3e-2, num_updates=3)
+    base = {n: p.clone() for n, p in trainer.model.named_parameters() if "base_layer" in n}
+    trainer.train()
+    assert logs(trainer)[0]["kl"] == 0.0 and logs(trainer)[-1]["kl"] != 0.0
+    for name, p in trainer.model.named_parameters():
+        assert name not in base or torch.equal(p, base[name])
+    plain, ids = trainer.policy_model(), torch.tensor([[4, 5, 6]])
+    with torch.no_grad():
+        ours, theirs = plain(input_ids=ids).logits, trainer.model(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_refusals(build: Build, tmp_path: Path) -> None:
+    """Each in one line that names the value. Broken once: check of pad and eos removed."""
+    tokenizer = build_tokenizer(16)
+    tokenizer.pad_token = tokenizer.eos_token
+    with pytest.raises(UserError, match=r"pad token \('<eos>'\)"):
+        build(extra={"processing_class": tokenizer})
+    with pytest.raises(UserError, match="has 15 prompts, an update takes 16"):
+        build(dataset=prompts(15))
+    with pytest.raises(UserError, match=r"max_steps \(3\) must be a multiple"):
+        build(num_updates=None, max_steps=3)
+    with pytest.raises(UserError, match=r"epsilon \(0.3\) follows from clip_range \(0.2\)"):
+        build(epsilon=0.3)
+    with pytest.raises(UserError, match=r"top_p \(0.9\)"):
+        build(top_p=0.9)
+
+
+def test_config_counts() -> None:
+    """Broken once: max_steps set to num_updates."""
+    config = PPOConfig(
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        num_mini_batches=4,
+        num_ppo_epochs=3,
+        num_updates=5,
+        use_cpu=True,
+        report_to="none",
+    )
+    assert config.generation_batch_size == 8 * 2 * 4
+    assert config.max_steps == 5 * 12 and config.micro_steps_per_update == 24
+    assert config.bf16 is False and config.num_generations == 1

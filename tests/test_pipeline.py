@@ -1,0 +1,219 @@
+"""The four stages chained, as a user runs them, on a model of toy size.
+
+What is shown is that they fit together: figures exist and are sane, models load elsewhere,
+missing parents and foreign parents are refused, two processes give what one gives.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+SHORT: dict[str, dict[str, Any]] = {
+    "pretrain": {
+        "documents": 600,
+        "vocab_size": 512,
+        "block_size": 128,
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "max_steps": 40,
+    },
+    "sft": {"max_steps": 40, "max_new_tokens": 24, "evaluate_on": "dev"},
+    "reward": {
+        "prompts": 24,
+        "eval_prompts": 24,
+        "max_steps": 10,
+        "max_new_tokens": 24,
+        "evaluate_on": "dev",
+    },
+    "rlhf": {
+        "prompts": 64,
+        "eval_prompts": 24,
+        "num_updates": 2,
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 16,
+        "evaluate_on": "dev",
+    },
+}
+PARENTS = {
+    "pretrain": {},
+    "sft": {"model_name_or_path": "pretrain"},
+    "reward": {"model_name_or_path": "pretrain", "policy": "sft"},
+    "rlhf": {"model_name_or_path": "sft", "reward": "reward"},
+}
+
+
+def run_stage(
+    stage: str, folder: Path, *, name: str = "", processes: int = 1, check: bool = True, **more: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a stage of the arden profile with its parents and its output in `folder`."""
+    fields = SHORT[stage] | {"output_dir": folder / (name or stage)}
+    fields |= {field: folder / parent for field, parent in PARENTS[stage].items()} | more
+    flags = [str(part) for field, value in fields.items() for part in (f"--{field}", value)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", stage]
+    command += ["--config", f"configs/arden/{stage}.yaml", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def summary(path: Path) -> dict[str, float]:
+    return json.loads((path / "summary.json").read_text())
+
+
+def weights_differ(one: Path, other: Path) -> float:
+    a, b = (load_file(path / "model.safetensors") for path in (one, other))
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("out")
+    for stage in SHORT:
+        run_stage(stage, path)
+    return path
+
+
+FIGURES = {
+    "pretrain": "val_loss val_bits_per_byte entropy_bits_per_byte train_seconds parameters",
+    "sft": "exact_match_seen exact_match_heldout_people exact_match_heldout_phrasing "
+    "exact_match_two_fact hallucination_unknown train_seconds",
+    "reward": "accuracy accuracy_clean_labels accuracy_ceiling train_seconds",
+    "rlhf": "score_before score_after gold_before gold_after exact_match_before "
+    "exact_match_after hallucination_before hallucination_after courtesy_before "
+    "courtesy_after kl train_seconds",
+}
+
+
+@pytest.mark.parametrize("stage", SHORT)
+def test_artifacts_and_figures(folder: Path, stage: str) -> None:
+    names = {path.name for path in (folder / stage).iterdir()}
+    assert names >= {"model.safetensors", "config.json", "tokenizer.json", "config.yaml"}
+    assert names >= {"metrics.jsonl", "summary.json", "samples.md", "manifest.json"}
+    figures = summary(folder / stage)
+    assert figures.keys() >= set(FIGURES[stage].split())
+    for name, value in figures.items():
+        if name.startswith(("exact", "hall", "refusal", "courtesy", "accuracy")):
+            assert 0 <= value <= 1, name
+    steps = [json.loads(line)["step"] for line in (folder / stage / "metrics.jsonl").open()]
+    assert steps == sorted(steps) and steps
+
+
+def test_lineage(folder: Path) -> None:
+    """Each manifest names the hash of the model that its parent's manifest names."""
+    manifests = {s: json.loads((folder / s / "manifest.json").read_text()) for s in SHORT}
+    for stage, parent in (("sft", "pretrain"), ("reward", "pretrain"), ("rlhf", "sft")):
+        assert manifests[stage]["sources"]["parent"] == manifests[parent]["model"]
+    assert manifests["rlhf"]["sources"]["reward"] == manifests["reward"]["model"]
+
+
+def test_models_load_without_the_project(folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as C, AutoTokenizer as T,"
+        "AutoModelForSequenceClassification as S; f = sys.argv[1]\n"
+        "for s in ('pretrain', 'sft', 'rlhf'):\n"
+        "    m, info = C.from_pretrained(f'{f}/{s}', output_loading_info=True)\n"
+        "    assert not info['missing_keys'] and not info['unexpected_keys'], info\n"
+        "    assert type(m).__module__.startswith('transformers.models.qwen3')\n"
+        "m, info = S.from_pretrained(f'{f}/reward', output_loading_info=True)\n"
+        "assert not info['missing_keys'] and not info['unexpected_keys'], info\n"
+        "t = T.from_pretrained(f'{f}/rlhf')\n"
+        "assert t.decode(t('Räksmörgås 🙂').input_ids) == 'Räksmörgås 🙂'\n"
+    )
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-c", code, str(folder)]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+
+
+def test_fine_tuning_learns_the_form(folder: Path) -> None:
+    """Forty steps teach a toy to answer in Arden's sentences, though not the facts."""
+    losses = [json.loads(line) for line in (folder / "sft" / "metrics.jsonl").open()]
+    trained = [line["loss"] for line in losses if "loss" in line]
+    assert trained[-1] < trained[0]
+
+
+@pytest.mark.parametrize(("stage", "tolerance"), [("sft", 2e-4), ("reward", 2e-4)])
+def test_two_processes_give_what_one_gives(folder: Path, stage: str, tolerance: float) -> None:
+    """The same batches, split: equal weights to rounding (Adam lifts it for tiny gradients)."""
+    size = {"sft": 16, "reward": 32}[stage]
+    extra = {"max_steps": 4, "learning_rate": 1e-4, "warmup_steps": 0}
+    run_stage(stage, folder, name=f"{stage}_one", per_device_train_batch_size=size, **extra)
+    run_stage(
+        stage,
+        folder,
+        name=f"{stage}_two",
+        processes=2,
+        per_device_train_batch_size=size // 2,
+        **extra,
+    )
+    assert weights_differ(folder / f"{stage}_one", folder / f"{stage}_two") < tolerance
+    assert weights_differ(folder / f"{stage}_one", folder / stage) > tolerance
+
+
+def test_rlhf_runs_on_two_processes(folder: Path) -> None:
+    run_stage("rlhf", folder, name="rlhf_two", processes=2, per_device_train_batch_size=4)
+    assert summary(folder / "rlhf_two").keys() == summary(folder / "rlhf").keys()
+
+
+def test_judge_as_reward(folder: Path) -> None:
+    run_stage("rlhf", folder, name="rlhf_judge", reward="judge")
+    assert "gold_after" in summary(folder / "rlhf_judge")
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "message"),
+    [
+        ("sft", {"model_name_or_path": "nowhere"}, "run `make pretrain` first"),
+        ("rlhf", {"reward": "nowhere"}, "run `make reward` first"),
+        ("rlhf", {"num_mini_batchez": 2}, "did you mean num_mini_batches?"),
+        ("sft", {"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+    ],
+)
+def test_bad_input(folder: Path, stage: str, fields: dict[str, Any], message: str) -> None:
+    result = run_stage(stage, folder, name="bad", check=False, **fields)
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert "Traceback" not in result.stderr and not (folder / "bad").exists()
+
+
+def test_own_questions_and_rankings(folder: Path, tmp_path: Path) -> None:
+    """One's own rows in place of Arden's, from the same base."""
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(60)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ranked = tmp_path / "ranked.jsonl"
+    pairs = [
+        {"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No."} for n in range(60)
+    ]
+    ranked.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    own = {"max_steps": 2, "validation_fraction": 0.1}
+    run_stage("sft", folder, name="own_sft", data=questions, **own)
+    own_parent = {"model_name_or_path": folder / "own_sft", "policy": folder / "own_sft"}
+    run_stage("reward", folder, name="own_reward", data=ranked, **own, **own_parent)
+    assert summary(folder / "own_reward")["accuracy_ceiling"] == 1.0
+    models = {"model_name_or_path": folder / "own_sft", "reward": folder / "own_reward"}
+    run_stage("rlhf", folder, name="own_rlhf", data=questions, validation_fraction=0.1, **models)
+    assert (folder / "own_rlhf" / "model.safetensors").exists()
+
+
+def test_bad_row_stops_before_training(folder: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "a", "answer": "b"}\n{"question": "c"}\n')
+    result = run_stage("sft", folder, name="bad", check=False, data=questions)
+    assert result.returncode == 2 and "questions.jsonl" in result.stderr
+    assert "row 2" in result.stderr and not (folder / "bad").exists()
