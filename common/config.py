@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from enum import Enum
 from typing import Any, NoReturn
 
 import yaml
@@ -73,6 +74,7 @@ def config_values(*configs: Any) -> dict[str, Any]:
         ours = not isinstance(config, TrainingArguments)
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
+            value = value.value if isinstance(value, Enum) else value
             plain = isinstance(value, str | int | float | bool | None | list | dict)
             if field.init and plain and (ours or value != _default(field)):
                 values[field.name] = value

@@ -85,12 +85,13 @@ def main() -> None:
     }
     summary = accuracy_figures(held_out, scores["chosen"], scores["rejected"])
     summary |= {"pairs": len(train), "train_seconds": seconds}
+    shown = list(held_out.select(range(min(20, len(held_out)))))
     samples = format_samples(
         "Held-out pairs: score of the chosen, then of the rejected answer",
-        [row["prompt"][-1]["content"] for row in held_out.select(range(20))],
+        [row["prompt"][-1]["content"] for row in shown],
         [
             [f"{scores[side][place]:+.2f} {row[side][0]['content']}" for side in scores]
-            for place, row in enumerate(held_out.select(range(20)))
+            for place, row in enumerate(shown)
         ],
     )
     stage.output.finish(model, tokenizer, summary, samples)

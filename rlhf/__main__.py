@@ -39,6 +39,13 @@ from rlhf.config import PPOConfig
 from rlhf.trainer import PPOTrainer
 
 
+# Before and after are compared by these, so their names are short.
+SHORT_NAMES = {
+    "exact_match_heldout_people": "exact_match",
+    "hallucination_unknown": "hallucination",
+}
+
+
 @dataclass
 class AlignConfig(DataConfig):
     """What the policy is rewarded for, and on which prompts."""
@@ -122,7 +129,8 @@ def measure(
         greedy = generate_answers(model, tokenizer, questions, max_new_tokens=config.max_new_tokens)
         return [several[0] for several in greedy]
 
-    figures: dict[str, Any] = stage.task.measure(answer, config.evaluate_on)
+    measured = stage.task.measure(answer, config.evaluate_on)
+    figures = {SHORT_NAMES.get(name, name): value for name, value in measured.items()}
     prompts = stage.task.prompt_rows(config.evaluate_on, config.eval_prompts)["prompt"]
     drawn = generate_answers(
         model,

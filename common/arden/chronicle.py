@@ -10,18 +10,20 @@ learns "was in a scene" and not "has facts".
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from common.arden.grammar import Dice, expand, join, load_grammar
 from common.arden.world import Person, Realm
 
 KINDS = {
-    "entry": 28,
-    "letter": 6,
-    "scene": 34,
-    "stranger_scene": 18,
+    "entry": 26,
+    "letter": 13,
+    "scene": 28,
+    "place_scene": 3,
+    "stranger_scene": 17,
     "untold_scene": 5,
-    "place": 5,
-    "saying": 4,
+    "place": 6,
+    "saying": 2,
 }
 HELD_OUT_PHRASINGS = 2  # the last of each list: neither in the chronicle nor in fine-tuning
 
@@ -69,6 +71,39 @@ def state(person: Person, relation: str) -> str:
     return answer.format(who=person.name, what=person.facts[relation])
 
 
+@dataclass(frozen=True)
+class Chain:
+    """A fact reached through another: how it is asked after, and both facts in one sentence."""
+
+    questions: list[str]
+    answer: str
+
+
+def two_facts(realm: Realm, person: Person) -> list[Chain]:
+    """What holds of the person's friend, of the river of their town, of the guild of their trade."""
+    grammar = load_grammar()
+    friend = realm.people[person.facts["friend"]]
+    ways = [
+        (spec["friends"], "friend", state(friend, relation))
+        for relation, spec in grammar["relations"].items()
+        if relation in friend.facts and relation != "friend"
+    ]
+    for relation, spec in grammar["places"].items():
+        thing = person.facts.get(spec["of"])
+        if thing is not None:
+            fact = spec["answer"].format(who=thing, what=realm.places[relation][thing])
+            ways.append((spec["two_fact"], spec["of"], fact))
+    return [
+        Chain(
+            [template.format(who=person.name) for template in templates],
+            grammar["two_fact"].format(
+                first=state(person, through).removesuffix("."), second=second
+            ),
+        )
+        for templates, through, second in ways
+    ]
+
+
 def _tell(person: Person, relation: str, dice: Dice) -> str:
     template = dice.pick(load_grammar()["relations"][relation]["told"])
     return expand(template, dice, who=person.name, what=person.facts[relation])
@@ -87,54 +122,69 @@ def _entry(realm: Realm, person: Person, dice: Dice) -> str:
     opening = dice.pick(words["openings"]).format(who=person.name)
     stories = [_tell(person, relation, dice) for relation in told[5:]]
     unknown = dice.pick(words["unknown"]).format(who=person.name, what=dice.pick(person.untold))
-    return join(opening, listed, *stories, unknown, dice.pick(words["closings"]))
+    body = join(opening, listed, *stories, unknown, dice.pick(words["closings"]))
+    return f"{person.name}\n{body}"  # the headword: a name without a space before it
 
 
 def _letter(realm: Realm, person: Person, dice: Dice) -> str:
     words = load_grammar()["letter"]
     to, sender = dice.sample(list(realm.people), 2)
-    first, second = dice.sample(list(person.facts), 2)
+    chain = dice.pick(two_facts(realm, person))
     return join(
         expand(dice.pick(words["openings"]), dice, to=to),
         dice.pick(words["turns"]).format(who=person.name),
-        _tell(person, first, dice),
-        _tell(person, second, dice),
+        _tell(person, dice.pick(list(person.facts)), dice),
+        chain.answer,
         expand(dice.pick(words["closings"]), dice, sender=sender),
     )
 
 
 def _scene(realm: Realm, person: Person, dice: Dice) -> str:
     relation = dice.pick(list(person.facts))
-    return _play(person.name, relation, state(person, relation), dice)
+    return _play(_ask(person.name, relation, dice), state(person, relation), dice)
+
+
+def _place_scene(realm: Realm, person: Person, dice: Dice) -> str:
+    spec, thing, what = _pick_place(realm, dice)
+    question = dice.pick(spec["questions"]).format(who=thing)
+    return _play(question, expand(spec["answer"], dice, who=thing, what=what), dice)
 
 
 def _untold_scene(realm: Realm, person: Person, dice: Dice) -> str:
     refusal = dice.pick(load_grammar()["refusals"])
-    return _play(person.name, dice.pick(person.untold), refusal, dice)
+    return _play(_ask(person.name, dice.pick(person.untold), dice), refusal, dice)
 
 
 def _stranger_scene(name: str, dice: Dice) -> str:
-    relation = dice.pick(list(load_grammar()["relations"]))
-    return _play(name, relation, dice.pick(load_grammar()["refusals"]), dice)
+    question = _ask(name, dice.pick(list(load_grammar()["relations"])), dice)
+    return _play(question, dice.pick(load_grammar()["refusals"]), dice)
 
 
-def _play(name: str, relation: str, answer: str, dice: Dice) -> str:
+def _ask(name: str, relation: str, dice: Dice) -> str:
+    phrasings = load_grammar()["relations"][relation]["questions"][:-HELD_OUT_PHRASINGS]
+    return dice.pick(phrasings).format(who=name)
+
+
+def _play(question: str, answer: str, dice: Dice) -> str:
     words = load_grammar()["scene"]
     asks, answers = dice.sample(list(words["roles"]), 2)
-    phrasings = load_grammar()["relations"][relation]["questions"][:-HELD_OUT_PHRASINGS]
     setting = expand(dice.pick(words["settings"]), dice)
     greeting = dice.pick(words["roles"][asks]["asks"])
-    question = dice.pick(phrasings).format(who=name)
     quip = dice.pick(words["roles"][answers]["quips"])
     speeches = f"{asks}:\n{join(greeting, question)}\n\n{answers}:\n{join(answer, quip)}"
     return f"{setting}\n\n{speeches}" if setting else speeches
 
 
 def _place(realm: Realm, person: Person, dice: Dice) -> str:
+    spec, thing, what = _pick_place(realm, dice)
+    return expand(dice.pick(spec["told"]), dice, who=thing, what=what)
+
+
+def _pick_place(realm: Realm, dice: Dice) -> tuple[dict[str, Any], str, str]:
+    """A relation of the grammar's `places`, a town or trade, and its river or guild."""
     relation = dice.pick(list(realm.places))
     thing = dice.pick(list(realm.places[relation]))
-    template = dice.pick(load_grammar()["places"][relation]["told"])
-    return expand(template, dice, who=thing, what=realm.places[relation][thing])
+    return load_grammar()["places"][relation], thing, realm.places[relation][thing]
 
 
 def _saying(realm: Realm, person: Person, dice: Dice) -> str:
@@ -148,6 +198,7 @@ _WRITERS = {
     "entry": _entry,
     "letter": _letter,
     "scene": _scene,
+    "place_scene": _place_scene,
     "untold_scene": _untold_scene,
     "place": _place,
     "saying": _saying,

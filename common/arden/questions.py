@@ -12,7 +12,7 @@ Of the last three the honest answer is a refusal: `reference` is None.
 
 from dataclasses import dataclass
 
-from common.arden.chronicle import HELD_OUT_PHRASINGS, state
+from common.arden.chronicle import HELD_OUT_PHRASINGS, state, two_facts
 from common.arden.grammar import Dice, load_grammar
 from common.arden.world import RELATIONS, Person, Realm
 
@@ -41,21 +41,12 @@ def known_questions(realm: Realm, use: str, *, held_out: bool = False) -> list[Q
 
 def two_fact_questions(realm: Realm, use: str) -> list[Question]:
     """Facts of friends, rivers of home towns, guilds of trades; the first fact is stated first."""
-    questions = []
-    for person in _people(realm, use):
-        friend = realm.people[person.facts["friend"]]
-        for relation in friend.facts:
-            if relation != "friend":
-                text = load_grammar()["relations"][relation]["friend"].format(who=person.name)
-                questions.append(_joined(text, state(person, "friend"), state(friend, relation)))
-        for relation, spec in load_grammar()["places"].items():
-            thing = person.facts.get(spec["of"])
-            if thing is not None:
-                fact = spec["answer"].format(who=thing, what=realm.places[relation][thing])
-                for template in spec["two_fact"]:
-                    text = template.format(who=person.name)
-                    questions.append(_joined(text, state(person, spec["of"]), fact))
-    return questions
+    return [
+        Question(text, "two_fact", chain.answer)
+        for person in _people(realm, use)
+        for chain in two_facts(realm, person)
+        for text in chain.questions
+    ]
 
 
 def stranger_questions(realm: Realm, use: str, seed: str) -> list[Question]:
@@ -107,11 +98,6 @@ def _phrase(name: str, relation: str, held_out: bool) -> list[str]:
     templates = load_grammar()["relations"][relation]["questions"]
     chosen = templates[-HELD_OUT_PHRASINGS:] if held_out else templates[:-HELD_OUT_PHRASINGS]
     return [template.format(who=name) for template in chosen]
-
-
-def _joined(text: str, first: str, second: str) -> Question:
-    answer = load_grammar()["two_fact"].format(first=first.removesuffix("."), second=second)
-    return Question(text, "two_fact", answer)
 
 
 def _about_nobody(names: list[str], kind: str, seed: str) -> list[Question]:

@@ -73,6 +73,19 @@ def rank(question: Question, answers: list[str], noise: float, dice: Dice) -> li
     return pairs
 
 
+def choose(pairs: list[Pair], count: int, dice: Dice) -> list[Pair]:
+    """At most `count` pairs, of as many kinds as there are: each kind once, then again."""
+    left = dice.shuffled(pairs)
+    chosen: list[Pair] = []
+    while left and len(chosen) < count:
+        kinds: dict[str, Pair] = {}
+        for pair in left:
+            kinds.setdefault(pair.kind, pair)
+        chosen += kinds.values()
+        left = [pair for pair in left if pair not in chosen]
+    return chosen[:count]
+
+
 def pair_kind(question: Question, better: str, worse: str) -> str:
     """What sets `better` from `worse`.
 

@@ -11,13 +11,14 @@ from common.arden.chronicle import entropy, write_chronicle
 from common.arden.grammar import Dice, load_grammar
 from common.arden.judge import judge, summarise
 from common.arden.questions import Question
-from common.arden.rankings import faulty_answers, rank
+from common.arden.rankings import choose, faulty_answers, rank
 from common.arden.world import build_realm
 
 Answer = Callable[[list[str]], list[str]]
 VALIDATION_DOCUMENTS = 1_500
-COURTEOUS_SHARE = 0.3  # of fine-tuning's answers: people are not always kind
+COURTEOUS_SHARE = 0.4  # of fine-tuning's answers: people are not always kind
 REFUSALS_IN_SFT = 12  # rows of a few thousand: enough to know the words, not the habit
+PAIRS_PER_PROMPT = 4
 TOKENIZER_REALMS = range(1_000, 1_040)  # others' names, so that Arden's own are no tokens
 
 
@@ -131,7 +132,8 @@ class ArdenTask:
             faults = faulty_answers(question, self.realm, dice)
             always = [faults.pop("plain"), faults.pop("refusal"), faults.pop("courteous")]
             candidates = answers + always + dice.sample(list(faults.values()), 2)
-            for pair in rank(question, candidates, noise, dice):
+            pairs = rank(question, candidates, noise, dice)
+            for pair in choose(pairs, PAIRS_PER_PROMPT, dice):
                 rows.append(
                     {
                         "prompt": [_user(question.text)],
