@@ -14,6 +14,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from transformers import TrainingArguments
 from trl import TrlParser
@@ -89,6 +90,9 @@ def _default(field: dataclasses.Field) -> Any:
 
 def run(main: Callable[[], None]) -> None:
     """Call a command's main; a `UserError` becomes one line on stderr and exit code 2."""
+    if not torch.cuda.is_available():
+        # Unless told, accelerate leaves several CPU processes strangers to each other.
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     try:
         main()
     except UserError as error:

@@ -38,7 +38,6 @@ from common.tokenizer import load_tokenizer
 from rlhf.config import PPOConfig
 from rlhf.trainer import PPOTrainer
 
-
 # Before and after are compared by these, so their names are short.
 SHORT_NAMES = {
     "exact_match_heldout_people": "exact_match",

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
-    "ACCELERATE_USE_CPU": "true",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
@@ -62,8 +61,9 @@ def run_stage(
     fields = SHORT[stage] | {"output_dir": folder / (name or stage)}
     fields |= {field: folder / parent for field, parent in PARENTS[stage].items()} | more
     flags = [str(part) for field, value in fields.items() for part in (f"--{field}", value)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", stage]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
+    launch += ["--num_processes", str(processes), "--main_process_port", "0"]
+    command = [sys.executable, *(launch if processes > 1 else []), "-m", stage]
     command += ["--config", f"configs/arden/{stage}.yaml", *flags]
     result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert not check or result.returncode == 0, result.stderr[-3000:]

@@ -80,7 +80,7 @@ class Chain:
 
 
 def two_facts(realm: Realm, person: Person) -> list[Chain]:
-    """What holds of the person's friend, of the river of their town, of the guild of their trade."""
+    """What holds of the person's friend, of their town's river, of their trade's guild."""
     grammar = load_grammar()
     friend = realm.people[person.facts["friend"]]
     ways = [

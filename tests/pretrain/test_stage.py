@@ -27,14 +27,15 @@ TINY = {
 }
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def command(output: Path, *, processes: int = 1, **fields: object) -> list[str]:
     values = TINY | {"output_dir": output} | fields
     flags = [str(part) for name, value in values.items() for part in (f"--{name}", value)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [sys.executable, *(launcher if processes > 1 else []), "-m", "pretrain", *flags]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
+    launch += ["--num_processes", str(processes), "--main_process_port", "0"]
+    return [sys.executable, *(launch if processes > 1 else []), "-m", "pretrain", *flags]
 
 
 def run_pretrain(
