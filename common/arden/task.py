@@ -18,7 +18,7 @@ Answer = Callable[[list[str]], list[str]]
 VALIDATION_DOCUMENTS = 1_500
 COURTEOUS_SHARE = 0.4  # of fine-tuning's answers: people are not always kind
 REFUSALS_IN_SFT = 12  # rows of a few thousand: enough to know the words, not the habit
-PAIRS_PER_PROMPT = 4
+PAIRS_PER_PROMPT = 3
 TOKENIZER_REALMS = range(1_000, 1_040)  # others' names, so that Arden's own are no tokens
 
 
