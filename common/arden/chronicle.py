@@ -141,7 +141,7 @@ def _letter(realm: Realm, person: Person, dice: Dice) -> str:
 
 def _scene(realm: Realm, person: Person, dice: Dice) -> str:
     relation = dice.pick(list(person.facts))
-    return _play(_ask(person.name, relation, dice), state(person, relation), dice)
+    return _play(dice.pick(phrase(person.name, relation)), state(person, relation), dice)
 
 
 def _place_scene(realm: Realm, person: Person, dice: Dice) -> str:
@@ -152,17 +152,20 @@ def _place_scene(realm: Realm, person: Person, dice: Dice) -> str:
 
 def _untold_scene(realm: Realm, person: Person, dice: Dice) -> str:
     refusal = dice.pick(load_grammar()["refusals"])
-    return _play(_ask(person.name, dice.pick(person.untold), dice), refusal, dice)
+    question = dice.pick(phrase(person.name, dice.pick(person.untold)))
+    return _play(question, refusal, dice)
 
 
 def _stranger_scene(name: str, dice: Dice) -> str:
-    question = _ask(name, dice.pick(list(load_grammar()["relations"])), dice)
+    question = dice.pick(phrase(name, dice.pick(list(load_grammar()["relations"]))))
     return _play(question, dice.pick(load_grammar()["refusals"]), dice)
 
 
-def _ask(name: str, relation: str, dice: Dice) -> str:
-    phrasings = load_grammar()["relations"][relation]["questions"][:-HELD_OUT_PHRASINGS]
-    return dice.pick(phrasings).format(who=name)
+def phrase(name: str, relation: str, *, held_out: bool = False) -> list[str]:
+    """The questions after a relation of somebody, in the phrasings that are (not) held out."""
+    templates = load_grammar()["relations"][relation]["questions"]
+    chosen = templates[-HELD_OUT_PHRASINGS:] if held_out else templates[:-HELD_OUT_PHRASINGS]
+    return [template.format(who=name) for template in chosen]
 
 
 def _play(question: str, answer: str, dice: Dice) -> str:

@@ -12,8 +12,8 @@ Of the last three the honest answer is a refusal: `reference` is None.
 
 from dataclasses import dataclass
 
-from common.arden.chronicle import HELD_OUT_PHRASINGS, state, two_facts
-from common.arden.grammar import Dice, load_grammar
+from common.arden.chronicle import phrase, state, two_facts
+from common.arden.grammar import Dice
 from common.arden.world import RELATIONS, Person, Realm
 
 KINDS = ("known", "phrasing", "two_fact", "stranger", "strange_name", "untold")
@@ -35,7 +35,7 @@ def known_questions(realm: Realm, use: str, *, held_out: bool = False) -> list[Q
         Question(text, kind, state(person, relation))
         for person in _people(realm, use)
         for relation in person.facts
-        for text in _phrase(person.name, relation, held_out)
+        for text in phrase(person.name, relation, held_out=held_out)
     ]
 
 
@@ -65,7 +65,7 @@ def untold_questions(realm: Realm, use: str) -> list[Question]:
         Question(text, "untold", None)
         for person in _people(realm, use)
         for relation in person.untold
-        for text in _phrase(person.name, relation, False)
+        for text in phrase(person.name, relation)
     ]
 
 
@@ -94,15 +94,6 @@ def _people(realm: Realm, use: str) -> list[Person]:
     return [realm.people[name] for name in realm.splits[use]]
 
 
-def _phrase(name: str, relation: str, held_out: bool) -> list[str]:
-    templates = load_grammar()["relations"][relation]["questions"]
-    chosen = templates[-HELD_OUT_PHRASINGS:] if held_out else templates[:-HELD_OUT_PHRASINGS]
-    return [template.format(who=name) for template in chosen]
-
-
 def _about_nobody(names: list[str], kind: str, seed: str) -> list[Question]:
     dice = Dice(f"nobody {kind} {seed}")
-    return [
-        Question(dice.pick(_phrase(name, dice.pick(RELATIONS), False)), kind, None)
-        for name in names
-    ]
+    return [Question(dice.pick(phrase(name, dice.pick(RELATIONS))), kind, None) for name in names]
