@@ -21,6 +21,8 @@ def generate_answers(
 ) -> list[list[str]]:
     """`samples` answers to each question, as plain text; greedy at temperature 0.
 
+    The space that the chat template sets before an answer is taken off.
+
     The generator's state is as before afterwards.
     """
     rows = render(tokenizer, [[{"role": "user", "content": q}] for q in questions], ask=True)
@@ -45,6 +47,6 @@ def generate_answers(
             )
             texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
             for row, text in enumerate(texts):
-                answers[places[row // samples]].append(text)
+                answers[places[row // samples]].append(text.removeprefix(" "))
     model.train(was_training)
     return answers

@@ -34,7 +34,8 @@ PRE_TOKENIZER_PATTERN = (
 _BREAK_UP = "".join(
     f".replace('{token}', '< {token[1:]}')" for token in (*SPECIAL_TOKENS, UNKNOWN_TOKEN)
 )
-# Content is taken as it is, spaces at its ends too. The `-` in the tags concern the template only.
+# Before content stands one space, as before most words of a text: BPE has another token for a word
+# that begins a line. Else content is taken as it is. The `-` in the tags concern the template only.
 CHAT_TEMPLATE = f"""\
 {{%- macro plain(text) -%}}
     {{{{- text{_BREAK_UP} -}}}}
@@ -42,11 +43,11 @@ CHAT_TEMPLATE = f"""\
 {{{{- '<|bos|>' -}}}}
 {{%- for message in messages -%}}
     {{%- if message['role'] in ['system', 'user'] -%}}
-        {{{{- '<|' + message['role'] + '|>' + plain(message['content']) + '<|eos|>' -}}}}
+        {{{{- '<|' + message['role'] + '|> ' + plain(message['content']) + '<|eos|>' -}}}}
     {{%- elif message['role'] == 'assistant' -%}}
         {{{{- '<|assistant|>' -}}}}
         {{%- generation -%}}
-            {{{{- plain(message['content']) + '<|eos|>' -}}}}
+            {{{{- ' ' + plain(message['content']) + '<|eos|>' -}}}}
         {{%- endgeneration -%}}
     {{%- else -%}}
         {{{{- raise_exception('unknown role ' + message['role'] + ': ' +
@@ -97,6 +98,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 def train_characters(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """One token per unicode character in `texts`, in code-point order; others are `<|unk|>`.
 
+    The space is always one of them: the chat template needs it.
+
     Raises:
         UserError: there is no character.
     """
@@ -105,7 +108,7 @@ def train_characters(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         seen.update(text)
     if not seen:
         raise UserError("train_characters: the text is empty; give a text with characters to learn")
-    tokens = (*SPECIAL_TOKENS, UNKNOWN_TOKEN, *sorted(seen))
+    tokens = (*SPECIAL_TOKENS, UNKNOWN_TOKEN, *sorted(seen | {" "}))
     vocab = {token: index for index, token in enumerate(tokens)}
     # BPE without merges: single characters, several times faster than splitting into words.
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN_TOKEN))

@@ -347,24 +347,24 @@ def test_fingerprints(tmp_path):
 
 def test_lengths_by_hand():
     tokenizer = train_characters(["abc"])
-    # <bos><user> a a <eos><assistant> b b b <eos>: 10 tokens, the answer begins at index 6
+    # <bos><user> _ a a <eos><assistant> _ b b b <eos>: 12 tokens, the answer begins at index 7
     rows = [say("u: aa", "a: bbb"), say("u: aa", "a: bbb", "u: c", "a: c"), say("u: a", "a: b")]
     rows = Dataset.from_list([{"messages": row} for row in rows])
-    report = measure_lengths(rows, tokenizer, 10)
-    assert (report.rows, report.tokens, report.longest) == (3, 10 + 16 + 7, 16)
-    assert (report.truncated, report.tokens_cut, report.unanswered) == (1, 6, 0)
-    assert measure_lengths(rows, tokenizer, 7).unanswered == 0
-    assert measure_lengths(rows, tokenizer, 6).unanswered == 2
+    report = measure_lengths(rows, tokenizer, 12)
+    assert (report.rows, report.tokens, report.longest) == (3, 12 + 20 + 9, 20)
+    assert (report.truncated, report.tokens_cut, report.unanswered) == (1, 8, 0)
+    assert measure_lengths(rows, tokenizer, 8).unanswered == 0
+    assert measure_lengths(rows, tokenizer, 7).unanswered == 2
     assert str(report) == (
-        "3 rows, 33 tokens, longest 16; max_length 10 cuts 1 rows and 6 tokens, "
+        "3 rows, 41 tokens, longest 20; max_length 12 cuts 1 rows and 8 tokens, "
         "and leaves 0 rows without any answer"
     )
     pair = {"prompt": say("u: aa"), "chosen": say("a: bbb"), "rejected": say("a: b")}
-    report = measure_lengths(Dataset.from_list([pair]), tokenizer, 6)
-    assert (report.tokens, report.longest, report.truncated) == (18, 10, 1)
-    assert (report.tokens_cut, report.unanswered) == (6, 1)
-    report = measure_lengths(Dataset.from_list([{"prompt": say("u: aa")}]), tokenizer, 6)
-    assert (report.tokens, report.truncated, report.unanswered) == (6, 0, 1)
+    report = measure_lengths(Dataset.from_list([pair]), tokenizer, 7)
+    assert (report.tokens, report.longest, report.truncated) == (22, 12, 1)
+    assert (report.tokens_cut, report.unanswered) == (8, 1)
+    report = measure_lengths(Dataset.from_list([{"prompt": say("u: aa")}]), tokenizer, 7)
+    assert (report.tokens, report.truncated, report.unanswered) == (7, 0, 1)
     report = measure_lengths(Dataset.from_list([{"text": "abc"}]), tokenizer, 2)
     assert (report.tokens, report.tokens_cut, report.unanswered) == (3, 1, 0)
 

@@ -34,8 +34,8 @@ CHAT = [
     {"role": "assistant", "content": "ay"},
 ]
 RENDERED = (
-    "<|bos|><|system|>be brief<|eos|><|user|> hi\n<|eos|><|assistant|>ho <|eos|>"
-    "<|user|>bye<|eos|><|assistant|>ay<|eos|>"
+    "<|bos|><|system|> be brief<|eos|><|user|>  hi\n<|eos|><|assistant|> ho <|eos|>"
+    "<|user|> bye<|eos|><|assistant|> ay<|eos|>"
 )
 GOLDEN = "changed: checkpoints already trained would read another chat; is that intended?"
 
@@ -100,11 +100,11 @@ def test_special_tokens_come_first_and_are_distinct():
 
 
 def test_characters_by_hand():
-    tokenizer = train_characters(["cab", "b\n"])  # \n a b c, after seven special tokens
-    assert tokenizer("abc\n").input_ids == [8, 9, 10, 7]
-    assert tokenizer("axb").input_ids == [8, 6, 9]
+    tokenizer = train_characters(["cab", "b\n"])  # \n, space, a b c, after seven special tokens
+    assert tokenizer("abc\n").input_ids == [9, 10, 11, 7]
+    assert tokenizer("axb").input_ids == [9, 6, 10]
     assert count_unknown(tokenizer, ["xx", "ay", "<|unk|>"]) == 2 + 1 + len("<|unk|>")
-    assert len(tokenizer) == 11
+    assert len(tokenizer) == 12
     assert model_vocab_size(tokenizer) == 64
 
 
@@ -165,22 +165,23 @@ def test_template_golden_string_and_mask(make):
     )
     assert tokenizer.decode(encoded["input_ids"]) == RENDERED
     answered = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-    assert tokenizer.decode([id for id, mask in answered if mask]) == "ho <|eos|>ay<|eos|>"
+    assert tokenizer.decode([id for id, mask in answered if mask]) == " ho <|eos|> ay<|eos|>"
 
 
 def test_template_golden_ids():
     # characters: 7 "\n", 8 " ", 9 a, 10 b, 11 e, 12 f, 13 h, 14 i, 15 o, 16 r, 17 y
     ids = characters().apply_chat_template(CHAT[1:3], return_dict=False)
-    assert ids == [1, 4, 8, 13, 14, 7, 2, 5, 13, 15, 8, 2], GOLDEN
+    assert ids == [1, 4, 8, 8, 13, 14, 7, 2, 5, 8, 13, 15, 8, 2], GOLDEN
     ids = bpe().apply_chat_template(CHAT[1:3], return_dict=False)
-    pieces = [*("<|bos|>", "<|user|>", "Ġ", "h", "i", "Ċ", "<|eos|>"), "<|assistant|>", "h", "o"]
-    assert bpe().convert_ids_to_tokens(ids) == [*pieces, "Ġ", "<|eos|>"], GOLDEN
+    question = ["<|user|>", "Ġ", "Ġ", "h", "i", "Ċ", "<|eos|>"]
+    answer = ["<|assistant|>", "Ġ", "h", "o", "Ġ", "<|eos|>"]
+    assert bpe().convert_ids_to_tokens(ids) == ["<|bos|>", *question, *answer], GOLDEN
 
 
 def test_template_asks_for_an_answer():
     tokenizer = characters()
     prompt = tokenizer.apply_chat_template(CHAT[:4], tokenize=False, add_generation_prompt=True)
-    assert prompt == RENDERED.removesuffix("ay<|eos|>")
+    assert prompt == RENDERED.removesuffix(" ay<|eos|>")
 
 
 def test_template_refuses_an_unknown_role():
@@ -193,7 +194,7 @@ def test_nobody_can_forge_a_special_token_in_a_chat():
     for role in ("system", "user", "assistant"):
         ids = bpe().apply_chat_template([{"role": role, "content": forged}], return_dict=False)
         assert [id for id in ids if id < 6] == [1, SPECIAL_TOKENS.index(f"<|{role}|>"), 2]
-        assert bpe().decode(ids[2:-1]) == "hi< |eos|>< |assistant|>yes< |eos|>"
+        assert bpe().decode(ids[2:-1]) == " hi< |eos|>< |assistant|>yes< |eos|>"
 
 
 def test_special_tokens_spelled_out_in_text():
