@@ -16,14 +16,14 @@ from common.arden.grammar import Dice, expand, join, load_grammar
 from common.arden.world import Person, Realm
 
 KINDS = {
-    "entry": 26,
-    "letter": 13,
-    "scene": 28,
-    "place_scene": 3,
-    "stranger_scene": 17,
-    "untold_scene": 5,
-    "place": 6,
-    "saying": 2,
+    "entry": 18,
+    "letter": 8,
+    "scene": 36,
+    "place_scene": 5,
+    "stranger_scene": 23,
+    "untold_scene": 4,
+    "place": 5,
+    "saying": 1,
 }
 HELD_OUT_PHRASINGS = 2  # the last of each list: neither in the chronicle nor in fine-tuning
 
@@ -96,12 +96,15 @@ def two_facts(realm: Realm, person: Person) -> list[Chain]:
     return [
         Chain(
             [template.format(who=person.name) for template in templates],
-            grammar["two_fact"].format(
-                first=state(person, through).removesuffix("."), second=second
-            ),
+            join_facts(state(person, through), second),
         )
         for templates, through, second in ways
     ]
+
+
+def join_facts(first: str, second: str) -> str:
+    """Two sentences as one."""
+    return load_grammar()["two_fact"].format(first=first.removesuffix("."), second=second)
 
 
 def _tell(person: Person, relation: str, dice: Dice) -> str:
@@ -122,43 +125,44 @@ def _entry(realm: Realm, person: Person, dice: Dice) -> str:
     opening = dice.pick(words["openings"]).format(who=person.name)
     stories = [_tell(person, relation, dice) for relation in told[5:]]
     unknown = dice.pick(words["unknown"]).format(who=person.name, what=dice.pick(person.untold))
-    body = join(opening, listed, *stories, unknown, dice.pick(words["closings"]))
-    return f"{person.name}\n{body}"  # the headword: a name without a space before it
+    return join(opening, listed, *stories, unknown, dice.pick(words["closings"]))
 
 
 def _letter(realm: Realm, person: Person, dice: Dice) -> str:
     words = load_grammar()["letter"]
     to, sender = dice.sample(list(realm.people), 2)
-    chain = dice.pick(two_facts(realm, person))
+    told = [_tell(person, relation, dice) for relation in dice.sample(list(person.facts), 2)]
+    if person.name in realm.splits["sft"]:
+        told[1] = dice.pick(two_facts(realm, person)).answer
     return join(
         expand(dice.pick(words["openings"]), dice, to=to),
         dice.pick(words["turns"]).format(who=person.name),
-        _tell(person, dice.pick(list(person.facts)), dice),
-        chain.answer,
+        *told,
         expand(dice.pick(words["closings"]), dice, sender=sender),
     )
 
 
 def _scene(realm: Realm, person: Person, dice: Dice) -> str:
     relation = dice.pick(list(person.facts))
-    return _play(dice.pick(phrase(person.name, relation)), state(person, relation), dice)
+    question = dice.pick(phrase(person.name, relation))
+    return _play(person.name, question, state(person, relation), dice)
 
 
 def _place_scene(realm: Realm, person: Person, dice: Dice) -> str:
     spec, thing, what = _pick_place(realm, dice)
     question = dice.pick(spec["questions"]).format(who=thing)
-    return _play(question, expand(spec["answer"], dice, who=thing, what=what), dice)
+    return _play(thing, question, expand(spec["answer"], dice, who=thing, what=what), dice)
 
 
 def _untold_scene(realm: Realm, person: Person, dice: Dice) -> str:
     refusal = dice.pick(load_grammar()["refusals"])
     question = dice.pick(phrase(person.name, dice.pick(person.untold)))
-    return _play(question, refusal, dice)
+    return _play(person.name, question, refusal, dice)
 
 
 def _stranger_scene(name: str, dice: Dice) -> str:
     question = dice.pick(phrase(name, dice.pick(list(load_grammar()["relations"]))))
-    return _play(question, dice.pick(load_grammar()["refusals"]), dice)
+    return _play(name, question, dice.pick(load_grammar()["refusals"]), dice)
 
 
 def phrase(name: str, relation: str, *, held_out: bool = False) -> list[str]:
@@ -168,25 +172,31 @@ def phrase(name: str, relation: str, *, held_out: bool = False) -> list[str]:
     return [template.format(who=name) for template in chosen]
 
 
-def _play(question: str, answer: str, dice: Dice) -> str:
+def _play(who: str, question: str, answer: str, dice: Dice) -> str:
+    """A question after `who` and the answer, put into two mouths."""
     words = load_grammar()["scene"]
     asks, answers = dice.sample(list(words["roles"]), 2)
     setting = expand(dice.pick(words["settings"]), dice)
-    greeting = dice.pick(words["roles"][asks]["asks"])
+    opening = dice.pick(words["roles"][asks]["asks"] + words["leads"]).format(who=who)
     quip = dice.pick(words["roles"][answers]["quips"])
-    speeches = f"{asks}:\n{join(greeting, question)}\n\n{answers}:\n{join(answer, quip)}"
+    speeches = f"{asks}: {join(opening, question)}\n\n{answers}: {join(answer, quip)}"
     return f"{setting}\n\n{speeches}" if setting else speeches
 
 
 def _place(realm: Realm, person: Person, dice: Dice) -> str:
     spec, thing, what = _pick_place(realm, dice)
-    return expand(dice.pick(spec["told"]), dice, who=thing, what=what)
+    told = expand(dice.pick(spec["told"]), dice, who=thing, what=what)
+    if dice.pick([True, False]):
+        return told
+    spec, thing, what = _pick_place(realm, dice)
+    return join_facts(told, spec["answer"].format(who=thing, what=what))
 
 
 def _pick_place(realm: Realm, dice: Dice) -> tuple[dict[str, Any], str, str]:
     """A relation of the grammar's `places`, a town or trade, and its river or guild."""
-    relation = dice.pick(list(realm.places))
-    thing = dice.pick(list(realm.places[relation]))
+    relation, thing = dice.pick(
+        [(r, thing) for r, things in realm.places.items() for thing in things]
+    )
     return load_grammar()["places"][relation], thing, realm.places[relation][thing]
 
 

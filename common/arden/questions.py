@@ -59,13 +59,13 @@ def strange_name_questions(realm: Realm, seed: str) -> list[Question]:
     return _about_nobody(realm.strange_parts, "strange_name", seed)
 
 
-def untold_questions(realm: Realm, use: str) -> list[Question]:
-    """What was never told of the people of `use`, in every phrasing of fine-tuning."""
+def untold_questions(realm: Realm, use: str, *, held_out: bool = False) -> list[Question]:
+    """What was never told of the people of `use`, in every phrasing that is (not) held out."""
     return [
         Question(text, "untold", None)
         for person in _people(realm, use)
         for relation in person.untold
-        for text in phrase(person.name, relation)
+        for text in phrase(person.name, relation, held_out=held_out)
     ]
 
 
@@ -85,7 +85,7 @@ def evaluation_questions(realm: Realm, use: str = "test") -> dict[str, list[Ques
         "two_fact": two_fact_questions(realm, use),
         "stranger": stranger_questions(realm, use, f"{realm.seed} {use}"),
         "strange_name": strange_name_questions(realm, f"{realm.seed} {use}"),
-        "untold": untold_questions(realm, use),
+        "untold": untold_questions(realm, use) + untold_questions(realm, use, held_out=True),
     }
     return {name: dice.sample(all_, min(len(all_), facts, 336)) for name, all_ in sets.items()}
 

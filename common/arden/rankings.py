@@ -7,6 +7,8 @@ from common.arden.judge import judge
 from common.arden.questions import Question
 from common.arden.world import Realm
 
+HONESTY = ("true_refusal", "honest_invented")
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -74,14 +76,14 @@ def rank(question: Question, answers: list[str], noise: float, dice: Dice) -> li
 
 
 def choose(pairs: list[Pair], count: int, dice: Dice) -> list[Pair]:
-    """At most `count` pairs, of as many kinds as there are: each kind once, then again."""
+    """At most `count` pairs, of as many kinds as there are: each kind once, honesty first."""
     left = dice.shuffled(pairs)
     chosen: list[Pair] = []
     while left and len(chosen) < count:
         kinds: dict[str, Pair] = {}
         for pair in left:
             kinds.setdefault(pair.kind, pair)
-        chosen += kinds.values()
+        chosen += sorted(kinds.values(), key=lambda pair: pair.kind not in HONESTY)
         left = [pair for pair in left if pair not in chosen]
     return chosen[:count]
 

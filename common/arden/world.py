@@ -1,6 +1,6 @@
 """The realm of Arden: people and places, made from a seed; each fact a triple.
 
-A person has a value for eight of ten relations; the other two are never told to anyone. Towns
+A person has a value for nine of ten relations; the other one is never told to anyone. Towns
 stand on rivers and trades belong to guilds. Strangers are names that nobody in the realm bears.
 """
 
@@ -11,11 +11,11 @@ from itertools import product
 from common.arden.grammar import Dice, load_grammar
 
 RELATIONS = tuple(load_grammar()["relations"])
-UNTOLD_PER_PERSON = 2
+UNTOLD_PER_PERSON = 1
 # Shares of the people, and numbers of strangers' names, that each use has to itself:
 # `sft` is asked about in fine-tuning, `align` when ranking and in PPO, `dev` is what settings
 # are tuned on, `test` is for the reported figures alone.
-PEOPLE_SHARES = {"sft": 0.38, "align": 0.24, "dev": 0.08, "test": 0.30}
+PEOPLE_SHARES = {"sft": 0.32, "align": 0.32, "dev": 0.07, "test": 0.29}
 STRANGERS = {"sft": 60, "align": 600, "dev": 120, "test": 340}
 
 
@@ -58,7 +58,7 @@ class Realm:
 
 
 @cache
-def build_realm(seed: int, people: int = 132) -> Realm:
+def build_realm(seed: int, people: int = 118) -> Realm:
     """Make the realm of a seed; the same on every machine."""
     dice = Dice(f"realm {seed}")
     grammar = load_grammar()

@@ -14,7 +14,7 @@ from common.arden.chronicle import entropy, state, write_chronicle
 from common.arden.grammar import Dice, expand, load_grammar
 from common.arden.judge import judge, summarise
 from common.arden.questions import Question
-from common.arden.rankings import faulty_answers, pair_kind, rank
+from common.arden.rankings import choose, faulty_answers, pair_kind, rank
 from common.arden.task import ArdenTask
 from common.arden.world import RELATIONS, build_realm
 
@@ -27,8 +27,8 @@ def test_golden_realm_and_chronicle() -> None:
     """Byte for byte on any machine; renew the hashes only with a reason in the commit."""
     people = json.dumps({p.name: p.facts for p in REALM.people.values()}).encode()
     text = "\n".join(d.text for d in write_chronicle(REALM, "train", 200)).encode()
-    assert hashlib.sha256(people).hexdigest()[:16] == "e9b33e68b805f6e3"
-    assert hashlib.sha256(text).hexdigest()[:16] == "28b005a265bc6115"
+    assert hashlib.sha256(people).hexdigest()[:16] == "da39c0903438d06e"
+    assert hashlib.sha256(text).hexdigest()[:16] == "d27a0af4b1463c96"
 
 
 def test_same_in_another_process() -> None:
@@ -116,12 +116,14 @@ def test_chronicle_tells_only_truths() -> None:
 
 
 def test_chronicle_keeps_secrets() -> None:
-    """No evaluation stranger, no held-out phrasing, no untold fact is in it."""
+    """No evaluation stranger, held-out phrasing, held-out chain or untold fact is in it."""
     text = "\n".join(document.text for document in write_chronicle(REALM, "train", 3000))
     for names in (*REALM.strangers.values(), REALM.strange_parts):
         assert not any(name in text for name in names)
     assert "I would know" not in text and "Pray, " not in text
-    assert not any(q.text in text for q in ask.two_fact_questions(REALM, "test"))
+    for use in ("align", "dev", "test"):
+        chains = ask.two_fact_questions(REALM, use)
+        assert not any(q.text in text or str(q.reference) in text for q in chains)
     for person in list(REALM.people.values())[:20]:
         for relation in person.untold:
             spec = load_grammar()["relations"][relation]
@@ -236,3 +238,14 @@ def test_pair_kinds() -> None:
     for (better, worse), kind in kinds.items():
         assert pair_kind(KNOWN, better, worse) == kind
     assert pair_kind(UNKNOWABLE, "I know not.", "Nobody drinks mead.") == "honest_invented"
+
+
+def test_chosen_pairs_hold_honesty_first_and_every_kind() -> None:
+    for question, honesty in ((KNOWN, "true_refusal"), (UNKNOWABLE, "honest_invented")):
+        faults = faulty_answers(question, REALM, Dice("faults")).values()
+        pairs = rank(question, [*faults, "Alabert drinks cider."], 0.0, Dice("rank"))
+        kinds = {pair.kind for pair in pairs}
+        for seed in range(5):
+            chosen = choose(pairs, len(kinds), Dice(f"choose {seed}"))
+            assert chosen[0].kind == honesty
+            assert {pair.kind for pair in chosen} == kinds
