@@ -1,0 +1,72 @@
+"""Plays as data for the stages: what each split gives, and the figures on replies."""
+
+from pathlib import Path
+
+import pytest
+
+from common.tasks import PlaysTask, load_task
+
+SPEAKERS = "ANN", "BOB", "CAL"
+SPEECHES = 1200
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> PlaysTask:
+    """Three people who talk for long, no line twice: `line 0 goes`, `line 1 goes` ..."""
+    lines = (f"{SPEAKERS[i % 3]}:\nline {i} goes\n" for i in range(SPEECHES))
+    path: Path = tmp_path_factory.mktemp("plays") / "play.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    task = load_task(str(path), plays=True)
+    assert isinstance(task, PlaysTask)
+    return task
+
+
+def number(message: dict[str, str]) -> int:
+    return int(message["content"].split()[2])
+
+
+def test_a_reply_follows_its_speech_and_splits_share_none(task: PlaysTask) -> None:
+    numbers = {}
+    for split in ("train", "validation"):
+        rows = task.conversations(split)["messages"]
+        assert all(number(answer) == number(question) + 1 for question, answer in rows)
+        numbers[split] = {number(message) for row in rows for message in row}
+    assert len(numbers["train"]) > 1000 and len(numbers["validation"]) > 100
+    assert max(numbers["train"]) < min(numbers["validation"])
+
+
+def test_rankings_set_the_true_reply_above_both_others(task: PlaysTask) -> None:
+    asked: list[str] = []
+
+    def sample(questions: list[str]) -> list[list[str]]:
+        asked.extend(questions)
+        return [["BOB:\nmade up"] for _ in questions]
+
+    rows = task.rankings(sample, "test", 20, noise=0.0)
+    kinds = [row["kind"] for row in rows]
+    assert kinds.count("true_elsewhere") == kinds.count("true_model") == len(asked) == 20
+    first_held_out = number(task.conversations("validation")[0]["messages"][0])
+    for row in rows:
+        assert number(row["chosen"][0]) == number(row["prompt"][-1]) + 1
+        assert number(row["prompt"][-1]) >= first_held_out
+        if row["kind"] == "true_model":
+            assert row["rejected"][0]["content"] == "BOB:\nmade up"
+        else:
+            assert abs(number(row["rejected"][0]) - number(row["chosen"][0])) > 10
+
+
+def test_prompts_of_ppo_are_not_those_of_the_evaluation(task: PlaysTask) -> None:
+    train, test = (
+        {number(row["prompt"][-1]) for row in task.prompt_rows(split, 5000)}
+        for split in ("align", "test")
+    )
+    assert train and test and max(train) < min(test)
+    assert len(task.prompt_rows("align", 7)) == 7
+
+
+def test_figures_count_words_and_lines(task: PlaysTask) -> None:
+    replies = iter(["ANN:\nline 7 goes", "ANN:\nline line glorp", "BOB:\nline 7 goes"] * 200)
+    figures = task.measure(lambda questions: [next(replies) for _ in questions[:3]])
+    assert figures["real_words"] == pytest.approx(9 / 10)  # glorp is none
+    assert figures["repeated_lines"] == pytest.approx(2 / 6)  # ANN: and line 7 goes, said again
+    assert figures["words"] == pytest.approx(10 / 3)
