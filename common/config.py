@@ -7,6 +7,7 @@ Any field of a stage's dataclasses can stand in the YAML or be given on the comm
 
 import dataclasses
 import difflib
+import logging
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from transformers import TrainingArguments
+from transformers.utils.logging import disable_progress_bar
 from trl import TrlParser
 
 from common.errors import UserError
@@ -93,6 +95,8 @@ def run(main: Callable[[], None]) -> None:
     if not torch.cuda.is_available():
         # Unless told, accelerate leaves several CPU processes strangers to each other.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    disable_progress_bar()  # of loading and writing weights: a blink each
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights, saved once
     try:
         main()
     except UserError as error:

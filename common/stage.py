@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from common.artifacts import StageOutput, hash_model, require_parent
 from common.config import config_values
@@ -15,13 +15,14 @@ from common.tasks import Task, load_task
 # TRL's defaults are for large models on GPUs; these are for any size on anything.
 TRAINER_DEFAULTS = {
     "bf16": has_bf16(),
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
     "report_to": "none",
     "save_total_limit": 1,
     "disable_tqdm": False,
     "ddp_find_unused_parameters": False,
     "dataloader_pin_memory": False,
 }
+SHOWN = ("loss", "accuracy", "score", "kl")  # of a trainer's logs, in the progress bar
 
 
 @dataclass
@@ -88,8 +89,21 @@ def open_stage(config: Any, args: TrainingArguments, **parents: str) -> Stage:
     return Stage(output, task, parent)
 
 
+class ProgressBar(ProgressCallback):
+    """transformers' bar with the newest figures in it, in place of a line for each log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show what is in `SHOWN`; all of it is in `metrics.jsonl`."""
+        if self.training_bar is not None:
+            shown = {name: f"{logs[name]:.3g}" for name in SHOWN if name in logs}
+            self.training_bar.set_postfix(shown)
+
+
 def train_or_resume(trainer: Trainer, checkpoints: Path) -> float:
     """Train from the newest whole checkpoint, or from the start; seconds that this call took."""
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressBar)
     whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
     newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
     start = time.perf_counter()

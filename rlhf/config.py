@@ -64,7 +64,7 @@ class PPOConfig(RLOOConfig):
         default=1, metadata={"help": "Completions sampled per prompt in one rollout."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "PPO needs dropout off."})
-    gradient_checkpointing: bool = field(
+    activation_checkpointing: bool | None = field(
         default=False, metadata={"help": "Trade compute for memory in the update."}
     )
     learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the policy."})
