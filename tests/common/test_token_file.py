@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.token_file import TokenFile, cut_points, write_token_file
 from common.tokenizer import encode_texts, hash_tokenizer, train_bpe, train_characters
 
-A, B, C = 7, 8, 9  # ids of a, b, c after the seven special tokens
+A, B, C = 8, 9, 10  # after seven special tokens and the space
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_wide_vocabulary_takes_four_bytes(tmp_path):
     tokenizer = train_characters([text])
     info = write_token_file([text], tokenizer, tmp_path / "d.bin", documents=False)
     assert info.dtype == "<u4"
-    assert TokenFile(tmp_path / "d.bin").tokens.tolist() == list(range(7, 66_007))
+    assert TokenFile(tmp_path / "d.bin").tokens.tolist() == list(range(8, 66_008))
 
 
 def random_text(seed: int) -> str:
