@@ -54,7 +54,8 @@ def train(
     forward = net
     if config.torch_compile:
         forward = torch.compile(net)
-        warm_up(forward, next(micro_batches(train_file, block_size, 0, config, accelerator)))
+        batch = next(micro_batches(train_file, block_size, 0, config, accelerator))
+        warm_up(forward, batch, accelerator)
     step, seconds = load_checkpoint(accelerator, config)
     main = accelerator.is_main_process
     if main:
@@ -88,12 +89,12 @@ def train(
     return final | {"train_seconds": round(seconds, 1), "train_tokens": tokens}
 
 
-def warm_up(forward: Any, batch: tuple[Tensor, Tensor]) -> None:
+def warm_up(forward: Any, batch: tuple[Tensor, Tensor], accelerator: Accelerator) -> None:
     """Compile forward and backward before the clock runs; the weights stay as they are."""
     start = time.perf_counter()
-    token_loss(forward, *batch).backward()
+    accelerator.backward(token_loss(forward, *batch))
     forward.zero_grad()
-    print(f"pretrain: compiled in {time.perf_counter() - start:.0f} s")
+    accelerator.print(f"pretrain: compiled in {time.perf_counter() - start:.0f} s")
 
 
 def train_step(
