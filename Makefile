@@ -14,7 +14,7 @@ PYTHON ?= python3
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= true
-# Keep freed memory: page faults are a twentieth of a training step on CPU (docs/log.md)
+# Keep freed memory: page faults cost a few hundredths of a training step on CPU (docs/log.md)
 export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 
 BIN := .venv/bin
