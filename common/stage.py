@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from common.artifacts import StageOutput, hash_model, require_parent
@@ -14,7 +15,9 @@ from common.tasks import Task, load_task
 
 # TRL's defaults are for large models on GPUs; these are for any size on anything.
 TRAINER_DEFAULTS = {
-    "bf16": has_bf16(),
+    # On a CPU float32, though the units be there: no faster for small models, and exact.
+    "bf16": torch.cuda.is_available() and has_bf16(),
+    "use_cpu": not torch.accelerator.is_available(),
     "activation_checkpointing": False,
     "report_to": "none",
     "save_total_limit": 1,
