@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from common.artifacts import StageOutput
 from common.config import config_values, parse_config, run
-from common.device import has_bf16
+from common.device import fast_attention, has_bf16
 from common.errors import UserError
 from common.gpt import build_config, build_gpt
 from common.tasks import Task, load_task
@@ -56,6 +56,7 @@ def main() -> None:
     tokenizer = load_tokenizer(output.path / "data")
     files = [TokenFile(output.path / "data" / f"{split}.bin") for split in ("train", "validation")]
     model = make_model(model_config, tokenizer)
+    model.set_attn_implementation(fast_attention(model.config.max_position_embeddings))
     if len(files[0]) < 3 * model.config.max_position_embeddings:
         raise UserError(
             f"{config.data} has {len(files[0]):,} tokens to train on: "
