@@ -4,11 +4,13 @@
 #   make test       the tests
 #   make pretrain | sft | reward | rlhf [PROFILE=arden|shakespeare|own] [DATA=path] [ARGS="--seed 1"]
 #   make chat [STAGE=sft]
+#   make check-data [CONFIG=configs/own/sft.yaml] [DATA=path]   what a stage would train on
 #   make check      style, lint and types
 
 PROFILE ?= arden
 ACCELERATE ?= single
 STAGE ?=
+CONFIG ?= configs/$(PROFILE)/sft.yaml
 ARGS ?=
 PYTHON ?= python3
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -21,7 +23,7 @@ BIN := .venv/bin
 LAUNCH = $(BIN)/accelerate launch --quiet --config_file configs/accelerate/$(ACCELERATE).yaml
 STAGES := pretrain sft reward rlhf
 
-.PHONY: setup test check all chat clean $(STAGES)
+.PHONY: setup test check check-data all chat clean $(STAGES)
 
 setup: .venv/installed
 
@@ -39,6 +41,9 @@ all: setup
 
 chat: setup
 	$(BIN)/python -m common.chat out/$(PROFILE) $(if $(STAGE),--stage $(STAGE))
+
+check-data: setup
+	$(BIN)/python -m common.check_data --config $(CONFIG) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -q

@@ -33,7 +33,10 @@ class _Parser(TrlParser):
 
 
 def parse_config(
-    *dataclass_types: type, defaults: dict[str, Any] | None = None, args: list[str] | None = None
+    *dataclass_types: type,
+    defaults: dict[str, Any] | None = None,
+    args: list[str] | None = None,
+    allow_others: bool = False,
 ) -> tuple[Any, ...]:
     """Read `--config FILE` and `--field value` into one instance of each dataclass.
 
@@ -41,6 +44,7 @@ def parse_config(
         dataclass_types: in the order in which their instances are returned.
         defaults: in place of the dataclasses' own.
         args: in place of the command line.
+        allow_others: pass over fields that are in none of them.
 
     Raises:
         UserError: unknown field (names the nearest), wrong type, missing file, invalid value.
@@ -48,6 +52,8 @@ def parse_config(
     parser = _Parser(list(dataclass_types))  # type: ignore[arg-type]
     parser.set_defaults_with_config(**defaults or {})
     try:
+        if allow_others:
+            return parser.parse_args_and_config(args=args, return_remaining_strings=True)[:-1]
         return parser.parse_args_and_config(args=args)
     except OSError as error:
         raise UserError(f"--config {error.filename}: {error.strerror}") from error

@@ -13,20 +13,17 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets import Dataset, Features, Value
-from transformers import PreTrainedTokenizerFast
 
 from common import readers, rows
 from common.errors import UserError
 from common.readers import NumberedRows, local_files, read_rows
 from common.rows import SHAPES, BadRow, Row, find_shape
-from common.tokenizer import encode_texts
 
 _MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 _FEATURES: dict[str, dict[str, Any]] = {
@@ -48,6 +45,7 @@ def load_rows(
     split: str = "train",
     columns: dict[str, str] | None = None,
     keep: Sequence[str] = (),
+    where: bool = False,
     cache_dir: str | None = None,
 ) -> Dataset:
     """Load, check and convert every row of `source`.
@@ -59,6 +57,7 @@ def load_rows(
         split: of a Hub data set, or of a folder with files named after splits (train.jsonl).
         columns: our field -> their column; not needed for the shapes in `common.rows`.
         keep: further columns of the source to carry along, as text.
+        where: add the column `where`, a row's file and number, e.g. "faq.jsonl, row 17".
         cache_dir: where the Arrow file goes; the datasets cache by default.
 
     Returns:
@@ -79,11 +78,12 @@ def load_rows(
         identity = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         sources = [(str(file), partial(read_rows, file)) for file in files]
     code = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in _CODE]
-    key = json.dumps([identity, format, columns, list(keep), code], sort_keys=True)
+    key = json.dumps([identity, format, columns, list(keep), where, code], sort_keys=True)
+    added = [*keep, *(["where"] if where else [])]
     try:
         return Dataset.from_generator(
-            lambda: _convert(sources, format, columns, keep),
-            features=Features(_FEATURES[format] | {name: Value("string") for name in keep}),
+            lambda: _convert(sources, format, columns, keep, where),
+            features=Features(_FEATURES[format] | {name: Value("string") for name in added}),
             cache_dir=cache_dir,
             fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
             # A row of .txt may be a whole book: few at a time, or memory grows.
@@ -108,7 +108,7 @@ def _check_arguments(format: str, columns: dict[str, str]) -> None:
 
 
 def _convert(
-    sources: Sources, format: str, columns: dict[str, str], keep: Sequence[str]
+    sources: Sources, format: str, columns: dict[str, str], keep: Sequence[str], where: bool
 ) -> Iterator[dict[str, Any]]:
     for source, read in sources:
         shape, count = None, 0
@@ -119,6 +119,8 @@ def _convert(
                 shape = shape or find_shape(format, values, columns)
                 row = Row(values, columns, f"{shape} (text)")
                 kept = {name: str(Row(values, {}, "text").get(name)) for name in keep}
+                if where:
+                    kept["where"] = f"{source}, row {number}"
                 if format != "text" or not row.is_blank("text"):
                     count += 1
                     yield shape.convert(row) | kept
@@ -189,80 +191,3 @@ def dataset_fingerprint(source: str | Path | Dataset) -> str:
         return digest.hexdigest()
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-@dataclass(frozen=True)
-class LengthReport:
-    """What cutting every sequence after `max_length` tokens loses.
-
-    A row of preferences has two sequences: its prompt with each answer.
-    """
-
-    rows: int
-    max_length: int
-    tokens: int  # of all sequences, before the cut
-    longest: int
-    tokens_cut: int
-    truncated: int  # rows with a sequence that is cut
-    unanswered: int  # rows with a sequence of which no token of an assistant is left
-
-    def __str__(self) -> str:
-        return (
-            f"{self.rows:,} rows, {self.tokens:,} tokens, longest {self.longest:,}; max_length "
-            f"{self.max_length:,} cuts {self.truncated:,} rows and {self.tokens_cut:,} tokens, "
-            f"and leaves {self.unanswered:,} rows without any answer"
-        )
-
-
-def measure_lengths(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int
-) -> LengthReport:
-    """Tokenize rows of `load_rows` as training will, and count what `max_length` would cut."""
-    tokens = longest = tokens_cut = truncated = unanswered = 0
-    for batch in dataset.iter(batch_size=256):
-        for sequences in _row_lengths(batch, tokenizer):
-            lengths = [length for length, _ in sequences]
-            tokens += sum(lengths)
-            longest = max(longest, *lengths)
-            tokens_cut += sum(max(0, length - max_length) for length in lengths)
-            truncated += max(lengths) > max_length
-            unanswered += any(start >= max_length for _, start in sequences)
-    return LengthReport(
-        len(dataset), max_length, tokens, longest, tokens_cut, truncated, unanswered
-    )
-
-
-def _row_lengths(
-    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerFast
-) -> list[list[tuple[int, int]]]:
-    """Per row and sequence: its tokens, and the index of the first one by an assistant.
-
-    A bare prompt wants its first answer token just after its end; text is answer from the start.
-    """
-    if "text" in batch:
-        return [[(len(ids), 0)] for ids in encode_texts(tokenizer, batch["text"])]
-    if "messages" in batch:
-        turns = [[m["role"] for m in messages].index("assistant") for messages in batch["messages"]]
-        opened = [messages[:i] for messages, i in zip(batch["messages"], turns, strict=True)]
-        whole = [batch["messages"]]
-    else:
-        opened = batch["prompt"]
-        answers = [batch[name] for name in ("chosen", "rejected") if name in batch]
-        whole = [[p + a for p, a in zip(opened, some, strict=True)] for some in answers]
-    starts = _chat_lengths(opened, tokenizer, add_generation_prompt=True)
-    sequences = [_chat_lengths(chats, tokenizer) for chats in whole] or [starts]
-    return [
-        [(length, start) for length in lengths]
-        for start, *lengths in zip(starts, *sequences, strict=True)
-    ]
-
-
-def _chat_lengths(
-    chats: list[rows.Messages],
-    tokenizer: PreTrainedTokenizerFast,
-    add_generation_prompt: bool = False,
-) -> list[int]:
-    texts = tokenizer.apply_chat_template(
-        chats, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
-    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]

@@ -55,6 +55,16 @@ class DataConfig:
 
 
 @dataclass
+class LabelledDataConfig(DataConfig):
+    """The data of the stages that learn from rows as they stand: fine-tuning, the reward model."""
+
+    max_lost_share: float = field(
+        default=0.1,
+        metadata={"help": "share of rows that max_length may cut or drop before the run refuses"},
+    )
+
+
+@dataclass
 class Stage:
     """A stage that is about to run."""
 

@@ -180,11 +180,11 @@ class FileTask:
         return {}
 
     def conversations(self, split: str) -> Dataset:
-        """`messages` rows."""
+        """`messages` rows, and `where` each stands."""
         return self._rows("messages", split)
 
     def rankings(self, sample: Sample, split: str, count: int, noise: float) -> Dataset:
-        """The file's own pairs."""
+        """The file's own pairs, and `where` each stands."""
         rows = self._rows("preference", split)
         rows = rows.add_column("kind", ["given"] * len(rows))
         return rows.add_column("flipped", [False] * len(rows))
@@ -204,7 +204,8 @@ class FileTask:
         return [row["prompt"][-1]["content"] for row in rows.select(range(min(8, len(rows))))]
 
     def _rows(self, format: str, split: str) -> Dataset:
-        rows = load_rows(self.source, format=format, columns=self.columns)
+        labelled = format in ("messages", "preference")
+        rows = load_rows(self.source, format=format, columns=self.columns, where=labelled)
         if len(rows) < 2:
             raise UserError(f"{self.source} has {len(rows)} row: at least 2, one is held out")
         train, validation = holdout(rows, self.share, seed=0)

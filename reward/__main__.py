@@ -20,10 +20,11 @@ import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import MetricsFile, require_parent, require_same_tokenizer, write_text
 from common.config import parse_config, run
 from common.generation import generate_answers
+from common.lengths import measure_lengths
 from common.scoring import score_chats
 from common.stage import (
     TRAINER_DEFAULTS,
-    DataConfig,
+    LabelledDataConfig,
     Stage,
     format_samples,
     open_stage,
@@ -35,7 +36,7 @@ from reward.figures import accuracy_figures
 
 
 @dataclass
-class RankingConfig(DataConfig):
+class RankingConfig(LabelledDataConfig):
     """How rankings are collected."""
 
     policy: str = field(
@@ -67,6 +68,10 @@ def main() -> None:
         Dataset.from_json(str(stage.output.path / "rankings" / f"{split}.jsonl"))
         for split in splits
     )
+    if args.process_index == 0:
+        lengths = measure_lengths(train, tokenizer, args.max_length)
+        print(f"reward: {lengths}")
+        lengths.require_kept(config.max_lost_share)
     torch.manual_seed(args.seed)  # of the new head
     trainer = RewardTrainer(
         model=AutoModelForSequenceClassification.from_pretrained(stage.parent, num_labels=1),

@@ -12,11 +12,11 @@ from trl import SFTConfig, SFTTrainer
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import MetricsFile
 from common.config import parse_config, run
-from common.data import measure_lengths
 from common.generation import generate_answers
+from common.lengths import measure_lengths
 from common.stage import (
     TRAINER_DEFAULTS,
-    DataConfig,
+    LabelledDataConfig,
     format_samples,
     open_stage,
     print_figures,
@@ -28,7 +28,7 @@ from common.tokenizer import load_tokenizer
 def main() -> None:
     """Fine-tune the base model, measure it, leave the artifacts of `common.artifacts`."""
     config, args = parse_config(
-        DataConfig, SFTConfig, defaults=TRAINER_DEFAULTS | {"assistant_only_loss": True}
+        LabelledDataConfig, SFTConfig, defaults=TRAINER_DEFAULTS | {"assistant_only_loss": True}
     )
     stage = open_stage(config, args)
     if stage.output.finished:
@@ -38,13 +38,15 @@ def main() -> None:
     data, held_out = stage.task.conversations("train"), stage.task.conversations("validation")
     with args.main_process_first():
         if args.process_index == 0:
+            lengths = measure_lengths(data, tokenizer, args.max_length)
+            print(f"sft: {lengths}")
+            lengths.require_kept(config.max_lost_share)
             stage.output.start()
-            print(f"sft: {measure_lengths(data, tokenizer, args.max_length)}")
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(stage.parent),
         args=args,
-        train_dataset=data,
-        eval_dataset=held_out,
+        train_dataset=data.select_columns(["messages"]),
+        eval_dataset=held_out.select_columns(["messages"]),
         processing_class=tokenizer,
         callbacks=[MetricsFile(stage.output.path / "metrics.jsonl")],
     )

@@ -14,8 +14,9 @@ import pytest
 from datasets import Dataset
 
 from common import readers
-from common.data import dataset_fingerprint, holdout, load_rows, measure_lengths
+from common.data import dataset_fingerprint, holdout, load_rows
 from common.errors import UserError
+from common.lengths import measure_lengths
 from common.tokenizer import train_characters
 
 
@@ -343,30 +344,6 @@ def test_fingerprints(tmp_path):
     assert dataset_fingerprint(rows) != dataset_fingerprint(rows.select([1, 0]))
     with pytest.raises(UserError, match="no such file"):
         dataset_fingerprint(tmp_path / "gone")
-
-
-def test_lengths_by_hand():
-    tokenizer = train_characters(["abc"])
-    # <bos><user> _ a a <eos><assistant> _ b b b <eos>: 12 tokens, the answer begins at index 7
-    rows = [say("u: aa", "a: bbb"), say("u: aa", "a: bbb", "u: c", "a: c"), say("u: a", "a: b")]
-    rows = Dataset.from_list([{"messages": row} for row in rows])
-    report = measure_lengths(rows, tokenizer, 12)
-    assert (report.rows, report.tokens, report.longest) == (3, 12 + 20 + 9, 20)
-    assert (report.truncated, report.tokens_cut, report.unanswered) == (1, 8, 0)
-    assert measure_lengths(rows, tokenizer, 8).unanswered == 0
-    assert measure_lengths(rows, tokenizer, 7).unanswered == 2
-    assert str(report) == (
-        "3 rows, 41 tokens, longest 20; max_length 12 cuts 1 rows and 8 tokens, "
-        "and leaves 0 rows without any answer"
-    )
-    pair = {"prompt": say("u: aa"), "chosen": say("a: bbb"), "rejected": say("a: b")}
-    report = measure_lengths(Dataset.from_list([pair]), tokenizer, 7)
-    assert (report.tokens, report.longest, report.truncated) == (22, 12, 1)
-    assert (report.tokens_cut, report.unanswered) == (8, 1)
-    report = measure_lengths(Dataset.from_list([{"prompt": say("u: aa")}]), tokenizer, 7)
-    assert (report.tokens, report.truncated, report.unanswered) == (7, 0, 1)
-    report = measure_lengths(Dataset.from_list([{"text": "abc"}]), tokenizer, 2)
-    assert (report.tokens, report.tokens_cut, report.unanswered) == (3, 1, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,183 @@
+"""What a stage would train on, shown before it does.
+
+    make check-data CONFIG=configs/own/sft.yaml DATA=questions.jsonl
+    python -m common.check_data --config configs/own/reward.yaml --data ranked.jsonl.gz
+
+Prints rows and tokens, lengths, what `max_length` would cut or drop, rows that stand twice, and one
+row as the model will read it. A row that cannot be read ends it with file, row and field.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from common.artifacts import require_parent
+from common.config import parse_config, run
+from common.errors import UserError
+from common.lengths import LengthReport, measure_lengths
+from common.rows import Messages
+from common.stage import LabelledDataConfig
+from common.tasks import Task, load_task
+from common.tokenizer import count_unknown, load_tokenizer
+
+STAGES = ("sft", "reward")
+
+
+@dataclass
+class CheckConfig(LabelledDataConfig):
+    """The fields of a stage's file that decide what it trains on; its others are passed over."""
+
+    output_dir: str = field(default="", metadata={"help": "the stage's; holds its rankings"})
+    stage: str = field(default="", metadata={"help": "sft or reward; default: the file's name"})
+    max_length: int | None = field(default=1024, metadata={"help": "longest sequence, tokens"})
+    prompts: int = field(default=1500, metadata={"help": "questions to rank answers to"})
+    eval_prompts: int = field(default=300, metadata={"help": "questions never trained on"})
+    noise: float = field(default=0.1, metadata={"help": "the labeller's rate of error"})
+
+
+def main() -> None:
+    """Print the report; end with an error where the stage itself would refuse."""
+    (config,) = parse_config(CheckConfig, allow_others=True)
+    stage = config.stage or _stage_of(sys.argv)
+    if stage not in STAGES:
+        raise UserError(f"stage ({stage}) must be one of {', '.join(STAGES)}: give --stage")
+    tokenizer = load_tokenizer(require_parent(config.model_name_or_path, config.parent_command))
+    task = load_task(
+        config.data,
+        realm_seed=config.realm_seed,
+        plays=config.plays,
+        columns=config.columns,
+        validation_fraction=config.validation_fraction,
+    )
+    train, held_out = (_rows(task, stage, config, part) for part in ("train", "evaluation"))
+    report = measure_lengths(train, tokenizer, config.max_length)
+    print(f"{stage}: {config.data}, as the tokenizer of {config.model_name_or_path} reads it\n")
+    for name, part, lengths in (
+        ("training", train, report),
+        ("evaluation", held_out, measure_lengths(held_out, tokenizer, config.max_length)),
+    ):
+        print(f"{name}\n{describe_lengths(part, lengths, tokenizer, stage)}\n")
+    print(f"repeated\n{describe_repeats(train, held_out)}\n")
+    print(f"one row, as the model reads it\n{show_row(train[0], tokenizer, config.max_length)}\n")
+    report.require_kept(config.max_lost_share)
+
+
+def _stage_of(arguments: list[str]) -> str:
+    return Path(arguments[arguments.index("--config") + 1]).stem if "--config" in arguments else ""
+
+
+def _rows(task: Task, stage: str, config: CheckConfig, part: str) -> Dataset:
+    """The stage's rows; rankings as they were collected or, before that, without own answers."""
+    if stage == "sft":
+        return task.conversations("train" if part == "train" else "validation")
+    split = "train" if part == "train" else config.evaluate_on
+    collected = Path(config.output_dir) / "rankings" / f"{split}.jsonl"
+    if config.output_dir and collected.exists():
+        return Dataset.from_json(str(collected))
+    count = config.prompts if part == "train" else config.eval_prompts
+    return task.rankings(lambda questions: [[] for _ in questions], split, count, config.noise)
+
+
+def describe_lengths(
+    rows: Dataset, report: LengthReport, tokenizer: PreTrainedTokenizerFast, stage: str
+) -> str:
+    """Counts, a histogram, and what is lost and why, in words."""
+    unknown = count_unknown(tokenizer, _contents(rows))
+    lines = [f"  {report}", *(f"  {line}" for line in report.histogram().splitlines())]
+    if report.truncated:
+        lines.append(f"  longest: {report.longest_row}, {report.longest:,} tokens")
+        if stage == "reward":
+            lines.append(f"  dropped: {report.truncated:,} pairs with an answer that does not fit")
+        else:
+            cut = report.truncated - report.unanswered
+            lines.append(f"  cut: {cut:,} rows, which lose their end, <eos> included")
+            lines.append(f"  dropped: {report.unanswered:,} rows, all of whose answer is cut off")
+    if unknown:
+        lines.append(f"  unknown: {unknown:,} characters that the tokenizer never saw")
+    return "\n".join(lines)
+
+
+def _contents(rows: Dataset) -> Iterable[str]:
+    for row in rows:
+        for name in ("messages", "prompt", "chosen", "rejected"):
+            yield from (message["content"] for message in row.get(name) or [])
+
+
+def describe_repeats(train: Dataset, held_out: Dataset) -> str:
+    """Rows that stand twice, and prompts of the evaluation that are trained on, in words.
+
+    Case and spaces do not make a difference.
+    """
+    rows = [_plain(row) for row in train]
+    prompts = {_plain_prompt(row): place for place, row in enumerate(train)}
+    leaks = [
+        (place, prompts[prompt])
+        for place, prompt in enumerate(map(_plain_prompt, held_out))
+        if prompt in prompts
+    ]
+    lines = [
+        f"  {len(rows) - len(set(rows)):,} of {len(rows):,} training rows stand there before",
+        f"  {len(leaks):,} of {len(held_out):,} evaluation rows ask what training asks",
+    ]
+    for place, other in leaks[:3]:
+        lines.append(f"    {_place(held_out, place)} asks as {_place(train, other)}")
+    return "\n".join(lines)
+
+
+def _plain(row: dict[str, Any]) -> str:
+    fields = {k: row[k] for k in ("messages", "prompt", "chosen", "rejected") if k in row}
+    return " ".join(json.dumps(fields).casefold().split())
+
+
+def _plain_prompt(row: dict[str, Any]) -> str:
+    prompt = row["messages"][:-1] if "messages" in row else row["prompt"]
+    return " ".join(" ".join(message["content"] for message in prompt).casefold().split())
+
+
+def _place(rows: Dataset, index: int) -> str:
+    return rows[index]["where"] if "where" in rows.column_names else f"row {index + 1}"
+
+
+def show_row(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, max_length: int | None
+) -> str:
+    """Fine-tuning's row with the learned tokens in [[ ]]; a pair as its two conversations."""
+    if "messages" in row:
+        return f"  {show_mask(row['messages'], tokenizer, max_length)}"
+    shown = []
+    for side in ("chosen", "rejected"):
+        text = tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False)
+        shown.append(f"  {side:<8}  {text}")
+    return "\n".join(shown)
+
+
+def show_mask(
+    messages: Messages, tokenizer: PreTrainedTokenizerFast, max_length: int | None
+) -> str:
+    """The conversation by the chat template: [[learned]] tokens, others bare, [cut off: ...].
+
+    For two turns and our own template:
+    `<|bos|><|user|> Hi<|eos|><|assistant|>[[ Ho<|eos|>]]`
+    """
+    encoded: Any = tokenizer.apply_chat_template(
+        messages, return_assistant_tokens_mask=True, return_dict=True
+    )
+    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    limit = len(ids) if max_length is None else max_length
+    shown, start = "", 0
+    for end in range(1, len(ids[:limit]) + 1):
+        if end == len(ids[:limit]) or mask[end] != mask[start]:
+            text: Any = tokenizer.decode(ids[start:end])
+            shown += f"[[{text}]]" if mask[start] else text
+            start = end
+    return shown + (f"[cut off: {tokenizer.decode(ids[limit:])}]" if ids[limit:] else "")
+
+
+if __name__ == "__main__":
+    run(main)

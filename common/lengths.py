@@ -1,0 +1,151 @@
+"""How long rows are in tokens, and what `max_length` takes from them, counted before training.
+
+Fine-tuning cuts a sequence after `max_length` tokens, and drops a row of which no token of an
+assistant is left; the reward model's trainer drops a pair whose longer sequence does not fit.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from common.errors import UserError
+from common.rows import Messages
+from common.tokenizer import encode_texts
+
+BAR = 40  # characters of the longest bar in a histogram
+
+
+@dataclass(frozen=True)
+class LengthReport:
+    """What cutting every sequence after `max_length` tokens loses.
+
+    A row of preferences has two sequences: its prompt with each answer.
+    """
+
+    max_length: int | None
+    row_lengths: list[int]  # of each row's longest sequence
+    tokens: int  # of all sequences, before the cut
+    tokens_cut: int
+    unanswered: int  # rows with a sequence of which no token of an assistant is left
+    longest_row: str  # its file, row and field
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(self.row_lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.row_lengths, default=0)
+
+    @property
+    def truncated(self) -> int:
+        """Rows with a sequence that is cut."""
+        limit = self.max_length
+        return 0 if limit is None else sum(length > limit for length in self.row_lengths)
+
+    def __str__(self) -> str:
+        size = f"{self.rows:,} rows, {self.tokens:,} tokens, longest {self.longest:,}"
+        if self.max_length is None:
+            return f"{size}; no max_length"
+        return (
+            f"{size}; max_length {self.max_length:,} cuts {self.truncated:,} rows and "
+            f"{self.tokens_cut:,} tokens, and leaves {self.unanswered:,} rows without any answer"
+        )
+
+    def require_kept(self, max_lost_share: float) -> None:
+        """Refuse to train on what is left of too few rows.
+
+        Raises:
+            UserError: more than `max_lost_share` of the rows do not fit into `max_length`.
+        """
+        if self.truncated > max_lost_share * self.rows:
+            raise UserError(
+                f"{self.truncated:,} of {self.rows:,} rows are longer than max_length "
+                f"({self.max_length:,} tokens), more than max_lost_share ({max_lost_share:g}); "
+                f"the longest is {self.longest_row} with {self.longest:,}: "
+                "raise max_length, shorten the rows, or allow it by --max_lost_share"
+            )
+
+    def histogram(self, bins: int = 8) -> str:
+        """Rows by length, a line for each of at most `bins` equal ranges of tokens.
+
+        A range that `max_length` cuts into is marked.
+        """
+        width = max(1, -(-self.longest // bins))
+        counts = [0] * max(1, -(-self.longest // width))
+        for length in self.row_lengths:
+            counts[(max(length, 1) - 1) // width] += 1
+        lines = []
+        for place, count in enumerate(counts):
+            first, last = place * width + 1, (place + 1) * width
+            bar = "#" * (-(-count * BAR // max(counts)))
+            mark = "  > max_length" if self.max_length and last > self.max_length else ""
+            lines.append(f"{first:>7,} -{last:>7,} tokens {count:>8,} {bar}{mark}")
+        return "\n".join(lines)
+
+
+def measure_lengths(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int | None
+) -> LengthReport:
+    """Tokenize rows of `common.data.load_rows` as training will, and count what would be cut."""
+    row_lengths: list[int] = []
+    tokens = tokens_cut = unanswered = 0
+    longest, field = 0, ""
+    for batch in dataset.iter(batch_size=256):
+        fields = [name for name in ("messages", "chosen", "rejected", "prompt") if name in batch]
+        for sequences in _row_lengths(batch, tokenizer):
+            lengths = [length for length, _ in sequences]
+            tokens += sum(lengths)
+            if max_length is not None:
+                tokens_cut += sum(max(0, length - max_length) for length in lengths)
+                unanswered += any(start >= max_length for _, start in sequences)
+            if max(lengths) > longest:
+                longest = max(lengths)
+                field = fields[lengths.index(longest)] if fields else "text"
+                field = f'{_place(dataset, len(row_lengths))}, "{field}"'
+            row_lengths.append(max(lengths))
+    return LengthReport(max_length, row_lengths, tokens, tokens_cut, unanswered, field)
+
+
+def _place(dataset: Dataset, index: int) -> str:
+    return dataset[index]["where"] if "where" in dataset.column_names else f"row {index + 1}"
+
+
+def _row_lengths(
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[list[tuple[int, int]]]:
+    """Per row and sequence: its tokens, and the index of the first one by an assistant.
+
+    A bare prompt wants its first answer token just after its end; text is answer from the start.
+    """
+    if "text" in batch:
+        yield from ([(len(ids), 0)] for ids in encode_texts(tokenizer, batch["text"]))
+        return
+    if "messages" in batch:
+        turns = [[m["role"] for m in messages].index("assistant") for messages in batch["messages"]]
+        opened = [messages[:i] for messages, i in zip(batch["messages"], turns, strict=True)]
+        whole = [batch["messages"]]
+    else:
+        opened = batch["prompt"]
+        answers = [batch[name] for name in ("chosen", "rejected") if name in batch]
+        whole = [[p + a for p, a in zip(opened, some, strict=True)] for some in answers]
+    starts = _chat_lengths(opened, tokenizer, add_generation_prompt=True)
+    sequences = [_chat_lengths(chats, tokenizer) for chats in whole] or [starts]
+    for start, *lengths in zip(starts, *sequences, strict=True):
+        yield [(length, start) for length in lengths]
+
+
+def _chat_lengths(
+    chats: list[Messages],
+    tokenizer: PreTrainedTokenizerFast,
+    add_generation_prompt: bool = False,
+) -> list[int]:
+    texts = tokenizer.apply_chat_template(
+        chats, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]

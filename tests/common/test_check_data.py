@@ -1,0 +1,123 @@
+"""The report before training: what is repeated, what is learned, what is lost, by hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from common.check_data import describe_repeats, show_mask, show_row
+from common.gpt import build_config, build_gpt
+from common.tokenizer import model_vocab_size, train_bpe, train_characters
+from tests.common.test_data import say
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained GPT of toy size with a byte-level tokenizer, as a stage leaves one."""
+    path = tmp_path_factory.mktemp("tiny")
+    tokenizer = train_bpe(["How many are there? There are many. " * 9], 320)
+    config = build_config(
+        "modern",
+        vocab_size=model_vocab_size(tokenizer),
+        block_size=2048,
+        num_hidden_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    build_gpt(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_mask_is_shown_to_the_token():
+    """Broken by a mask shifted by one token."""
+    tokenizer = train_characters(["abc"])
+    chat = say("u: a", "a: bb", "u: c", "a: a")
+    assert show_mask(chat, tokenizer, None) == (
+        "<|bos|><|user|> a<|eos|><|assistant|>[[ bb<|eos|>]]"
+        "<|user|> c<|eos|><|assistant|>[[ a<|eos|>]]"
+    )
+    # <bos><user> _ a <eos><assistant> _ b: the eighth token is the first b
+    assert show_mask(chat[:2], tokenizer, 8) == (
+        "<|bos|><|user|> a<|eos|><|assistant|>[[ b]][cut off: b<|eos|>]"
+    )
+    pair = {"prompt": chat[:1], "chosen": chat[1:2], "rejected": chat[3:]}
+    assert show_row(pair, tokenizer, None).splitlines() == [
+        "  chosen    <|bos|><|user|> a<|eos|><|assistant|> bb<|eos|>",
+        "  rejected  <|bos|><|user|> a<|eos|><|assistant|> a<|eos|>",
+    ]
+
+
+def test_repeats_by_hand():
+    """Broken by comparing whole rows in place of prompts."""
+    train = [say("u: Who  goes?", "a: I."), say("u: who goes?", "a: i."), say("u: b", "a: c")]
+    held_out = [say("u: WHO goes?", "a: You."), say("u: c", "a: b")]
+    rows = [
+        Dataset.from_list([{"messages": m, "where": f"f, row {i}"} for i, m in enumerate(part)])
+        for part in (train, held_out)
+    ]
+    assert describe_repeats(*rows).splitlines() == [
+        "  1 of 3 training rows stand there before",
+        "  1 of 2 evaluation rows ask what training asks",
+        "    f, row 0 asks as f, row 1",
+    ]
+
+
+def check(tiny: Path, stage: str, data: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "common.check_data", "--config", f"configs/own/{stage}.yaml"]
+    command += ["--data", str(data), "--model_name_or_path", str(tiny), *more]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def test_command_reports_and_refuses(tiny: Path, tmp_path: Path):
+    """Broken by leaving `require_kept` out: the second call then ended with 0."""
+    data = tmp_path / "faq.jsonl"
+    rows = [{"question": f"Who is {n}?", "answer": "He is." * (1 + n % 2 * 40)} for n in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = check(tiny, "sft", data)
+    assert done.returncode == 0, done.stderr
+    assert "38 rows" in done.stdout and "[[ He is.<|eos|>]]" in done.stdout
+    done = check(tiny, "sft", data, "--max_length", "64")
+    assert done.returncode == 2 and "[cut off:" not in done.stderr
+    assert "20 of 38 rows are longer" in done.stderr and "faq.jsonl, row " in done.stderr
+    assert "Traceback" not in done.stderr
+    done = check(tiny, "sft", data, "--stage", "rlhf")
+    assert done.returncode == 2 and "stage (rlhf) must be one of sft, reward" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "rows"),
+    [
+        ("sft", "alpaca_en_1k.json", "949 rows"),
+        ("sft", "gsm8k_train.jsonl", "7,099 rows"),
+        ("reward", "preferences_en_300.json", "284 rows"),
+    ],
+)
+def test_real_files(tiny: Path, stage: str, name: str, rows: str):
+    folder = os.environ.get("FOLIO_TEST_DATA")
+    if not folder:
+        pytest.skip("FOLIO_TEST_DATA names no folder with the real data")
+    done = check(tiny, stage, Path(folder) / name, "--max_length", "64")
+    assert done.returncode == 2 and rows in done.stdout and f"{name}, row " in done.stderr
+    done = check(tiny, stage, Path(folder) / name, "--max_lost_share", "1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_arden(tiny: Path):
+    """Both stages of the embedded profile, before any ranking was collected."""
+    for stage in ("sft", "reward"):
+        command = ["--config", f"configs/arden/{stage}.yaml", "--model_name_or_path", str(tiny)]
+        command += ["--output_dir", str(tiny / "out"), "--max_length", "256"]
+        command = [sys.executable, "-m", "common.check_data", *command]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+        assert done.returncode == 0, done.stderr
+        assert f"{stage}: arden" in done.stdout

@@ -1,0 +1,73 @@
+"""Lengths counted as training counts them, by hand; and the refusal when too much is lost."""
+
+import pytest
+from datasets import Dataset
+
+from common.errors import UserError
+from common.lengths import LengthReport, measure_lengths
+from common.tokenizer import train_characters
+from tests.common.test_data import say
+
+
+def test_lengths_by_hand():
+    tokenizer = train_characters(["abc"])
+    # <bos><user> _ a a <eos><assistant> _ b b b <eos>: 12 tokens, the answer begins at index 7
+    rows = [say("u: aa", "a: bbb"), say("u: aa", "a: bbb", "u: c", "a: c"), say("u: a", "a: b")]
+    rows = Dataset.from_list([{"messages": row} for row in rows])
+    report = measure_lengths(rows, tokenizer, 12)
+    assert (report.rows, report.tokens, report.longest) == (3, 12 + 20 + 9, 20)
+    assert (report.truncated, report.tokens_cut, report.unanswered) == (1, 8, 0)
+    assert measure_lengths(rows, tokenizer, 8).unanswered == 0
+    assert measure_lengths(rows, tokenizer, 7).unanswered == 2
+    assert str(report) == (
+        "3 rows, 41 tokens, longest 20; max_length 12 cuts 1 rows and 8 tokens, "
+        "and leaves 0 rows without any answer"
+    )
+    pair = {"prompt": say("u: aa"), "chosen": say("a: bbb"), "rejected": say("a: b")}
+    report = measure_lengths(Dataset.from_list([pair]), tokenizer, 7)
+    assert (report.tokens, report.longest, report.truncated) == (22, 12, 1)
+    assert (report.tokens_cut, report.unanswered) == (8, 1)
+    report = measure_lengths(Dataset.from_list([{"prompt": say("u: aa")}]), tokenizer, 7)
+    assert (report.tokens, report.truncated, report.unanswered) == (7, 0, 1)
+    report = measure_lengths(Dataset.from_list([{"text": "abc"}]), tokenizer, 2)
+    assert (report.tokens, report.tokens_cut, report.unanswered) == (3, 1, 0)
+
+
+def report(*lengths: int, max_length: int | None = 100) -> LengthReport:
+    return LengthReport(max_length, list(lengths), sum(lengths), 0, 0, 'a.jsonl, row 7, "messages"')
+
+
+def test_the_longest_row_is_named_by_file_row_and_field():
+    """Broken by naming the first row in place of the longest."""
+    tokenizer = train_characters(["abc"])
+    pair = {"prompt": say("u: a"), "chosen": say("a: b")}
+    pairs = [
+        {**pair, "rejected": say(f"a: {answer}"), "where": f"f, row {row}"}
+        for answer, row in (("b", 3), ("bb", 9))
+    ]
+    found = measure_lengths(Dataset.from_list(pairs), tokenizer, 5)
+    assert found.longest_row == 'f, row 9, "rejected"'
+
+
+def test_a_run_refuses_when_too_much_is_lost():
+    """Broken by comparing with >= and by leaving the check out."""
+    lengths = [50] * 9 + [101]
+    report(*lengths).require_kept(0.1)  # one in ten is allowed
+    report(*lengths, max_length=None).require_kept(0.0)
+    with pytest.raises(UserError) as error:
+        report(*lengths).require_kept(0.05)
+    assert str(error.value) == (
+        "1 of 10 rows are longer than max_length (100 tokens), more than max_lost_share (0.05); "
+        'the longest is a.jsonl, row 7, "messages" with 101: '
+        "raise max_length, shorten the rows, or allow it by --max_lost_share"
+    )
+
+
+def test_histogram_by_hand():
+    """Broken by counting a length at a range's end to the next one."""
+    assert report(1, 2, 3, 5, 8, max_length=6).histogram(bins=4).splitlines() == [
+        "      1 -      2 tokens        2 " + "#" * 40,
+        "      3 -      4 tokens        1 " + "#" * 20,
+        "      5 -      6 tokens        1 " + "#" * 20,
+        "      7 -      8 tokens        1 " + "#" * 20 + "  > max_length",
+    ]
