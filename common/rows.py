@@ -1,6 +1,7 @@
 """What a row of someone's data may look like, and how each look becomes ours.
 
-`find_shape` recognises a row by its fields; the shape's `convert` checks the row and gives our own:
+`find_shape` recognises a row by its fields; the shape's `convert` checks the row and gives our own
+(of several ranked answers a list of them, one for each pair):
 
     text        {"text": str}
     messages    {"messages": [{"role", "content"}, ...]}, ending in assistant
@@ -10,6 +11,7 @@
 Messages begin with at most one system turn; then user and assistant take turns.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ Messages = list[dict[str, str]]
 
 # ShareGPT's names for the roles.
 _ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("system", "user", "assistant")}
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # Anthropic's, in a dialogue as one text
 
 
 class BadRow(ValueError):
@@ -60,8 +63,10 @@ class Row:
         return isinstance(value, str) and not value.strip()
 
     def messages(self, field: str, role: str) -> Messages:
-        """The value as messages; plain text is one message by `role`."""
+        """The value as messages; plain text is one message by `role`, or a whole dialogue."""
         value, name = self.get(field), f'"{self.name(field)}"'
+        if isinstance(value, str) and value.startswith("\n\nHuman:"):
+            return _dialogue(value, name, opens_answer=role == "user")
         if isinstance(value, str):
             return [{"role": role, "content": self.text(field)}]
         if isinstance(value, dict):
@@ -85,6 +90,21 @@ def _message(value: Any, name: str) -> dict[str, str]:
     if role not in _ROLES:
         raise BadRow(f'{name}: "{keys[0]}" is {_show(role)}; expected system, user or assistant')
     return {"role": _ROLES[role], "content": _check_text(content, f'{name}: "{keys[1]}"')}
+
+
+def _dialogue(text: str, name: str, opens_answer: bool) -> Messages:
+    """Turns of "\\n\\nHuman: Hi\\n\\nAssistant: Ho", as in Anthropic's HH.
+
+    A prompt may end in an "Assistant:" that opens the answer.
+    """
+    _, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    turns = list(zip(parts[::2], parts[1::2], strict=True))
+    if opens_answer and turns[-1][0] == "Assistant" and not turns[-1][1].strip():
+        turns.pop()
+    return [
+        {"role": _SPEAKERS[speaker], "content": _check_text(said.strip(), f"{name}[{i}]")}
+        for i, (speaker, said) in enumerate(turns)
+    ]
 
 
 def _check_text(value: Any, name: str) -> str:
@@ -171,6 +191,38 @@ def _preference(prompt_field: str | None) -> Callable[[Row], dict[str, Any]]:
     return convert
 
 
+def _ranked(row: Row) -> list[dict[str, Any]]:
+    """Every pair of answers whose scores differ, the higher one chosen."""
+    prompt = row.system() + row.messages("prompt", "user")
+    answers, scores = row.get("answers"), row.get("scores")
+    for field, values in (("answers", answers), ("scores", scores)):
+        if not isinstance(values, list) or len(values) < 2:
+            raise BadRow(f'"{row.name(field)}" is {_show(values)}; expected a list of at least two')
+    if len(answers) != len(scores):
+        raise BadRow(
+            f'"{row.name("answers")}" has {len(answers)} entries and "{row.name("scores")}" '
+            f"{len(scores)}; expected a score for each answer"
+        )
+    for i, score in enumerate(scores):
+        if not isinstance(score, int | float) or score != score:
+            raise BadRow(f'"{row.name("scores")}"[{i}] is {_show(score)}; expected a number')
+    said = [
+        [{"role": "assistant", "content": _check_text(a, f'"{row.name("answers")}"[{i}]')}]
+        for i, a in enumerate(answers)
+    ]
+    _check_turns(prompt, "user")
+    return [
+        {"prompt": prompt, "chosen": said[one], "rejected": said[other]}
+        for one in range(len(said))
+        for other in range(len(said))
+        if scores[one] > scores[other]
+    ]
+
+
+def _prompt_of_pair(row: Row) -> dict[str, Any]:
+    return {"prompt": _preference(None)(row)["prompt"]}
+
+
 def _prompt(field: str) -> Callable[[Row], dict[str, Any]]:
     """A conversation that ends in an answer gives what came before that answer."""
 
@@ -187,7 +239,7 @@ class Shape(NamedTuple):
     """One look that rows may have, known by its `fields`."""
 
     fields: tuple[str, ...]
-    convert: Callable[[Row], dict[str, Any]]
+    convert: Callable[[Row], dict[str, Any] | list[dict[str, Any]]]
     optional: tuple[str, ...] = ("system",)
 
     def __str__(self) -> str:
@@ -209,6 +261,7 @@ SHAPES: dict[str, list[Shape]] = {
         Shape(("prompt", "chosen", "rejected"), _preference("prompt")),
         Shape(("conversations", "chosen", "rejected"), _preference("conversations")),
         Shape(("chosen", "rejected"), _preference(None)),
+        Shape(("prompt", "answers", "scores"), _ranked),
     ],
     "prompt": [
         Shape(("prompt",), _prompt("prompt")),
@@ -216,6 +269,7 @@ SHAPES: dict[str, list[Shape]] = {
         Shape(("conversations",), _prompt("conversations")),
         Shape(("question",), _prompt("question")),
         Shape(("instruction",), lambda row: {"prompt": _instruction(row)}, _ALPACA_EXTRA),
+        Shape(("chosen", "rejected"), _prompt_of_pair),
     ],
 }
 

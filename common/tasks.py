@@ -6,7 +6,6 @@ Each kind of data is a class with the methods that the stages call; `load_task` 
 import random
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset
@@ -15,6 +14,7 @@ from common import plays
 from common.arden.task import ArdenTask
 from common.data import dataset_fingerprint, holdout, load_rows
 from common.errors import UserError
+from common.mixture import Source, load_mixed, read_mixture, weigh
 
 Answer = Callable[[list[str]], list[str]]
 Sample = Callable[[list[str]], list[list[str]]]
@@ -55,10 +55,11 @@ class Task(Protocol):
 
 
 def load_task(data: str, *, realm_seed: int = 1, documents: int = 0, **options: Any) -> Task:
-    """`arden`, `shakespeare`, or a file, folder or Hub name of one's own.
+    """`arden`, `shakespeare`, or a file, folder or Hub name of one's own, or a mixture of them.
 
     Args:
-        data: the name; a file in play form counts as plays where `plays=True`.
+        data: the name; a file in play form counts as plays where `plays=True`, a .yaml file as a
+            mixture (`common.mixture`).
         realm_seed: for Arden.
         documents: for Arden, the chronicle's length.
         options: `plays`, `columns`, `validation_fraction`, of which each kind takes its own.
@@ -67,9 +68,11 @@ def load_task(data: str, *, realm_seed: int = 1, documents: int = 0, **options: 
         return ArdenTask(realm_seed, documents)
     if data == "shakespeare" or options.get("plays"):
         return PlaysTask(None if data == "shakespeare" else data)
-    return FileTask(
-        data, options.get("columns"), options.get("validation_fraction", HELD_OUT_SHARE)
-    )
+    if data.endswith((".yaml", ".yml")):
+        sources = read_mixture(data)
+    else:
+        sources = [Source(data, columns=options.get("columns"))]
+    return FileTask(sources, options.get("validation_fraction", HELD_OUT_SHARE))
 
 
 class PlaysTask:
@@ -146,24 +149,28 @@ class PlaysTask:
 
 
 class FileTask:
-    """One's own rows, in the formats of `common.data`; a share of them is held out."""
+    """One's own rows, in the formats of `common.data`; a share of them is held out.
 
-    def __init__(
-        self, source: str, columns: dict[str, str] | None, validation_fraction: float
-    ) -> None:
-        self.source, self.columns, self.share = source, columns, validation_fraction
-        self.documents_apart = not source.removesuffix(".gz").endswith(".txt")
+    Of several sources the rows are mixed; a prompt that is held out is so in all of them.
+    """
+
+    def __init__(self, sources: list[Source], validation_fraction: float) -> None:
+        self.sources, self.share = sources, validation_fraction
+        one_text = len(sources) == 1 and sources[0].path.removesuffix(".gz").endswith(".txt")
+        self.documents_apart = not one_text
 
     def fingerprint(self) -> str:
-        """sha256 of the file or folder; of a Hub set, its name."""
-        return dataset_fingerprint(self.source) if Path(self.source).exists() else self.source
+        """sha256 of the file or folder; of a Hub set, its name; of a mixture, all of it."""
+        if len(self.sources) == 1:
+            return self.sources[0].fingerprint()
+        return ", ".join(f"{s.weight:g} x {s.fingerprint()}" for s in self.sources)
 
     def texts(self, split: str) -> Iterator[str]:
         """The `text` column; of a plain text file, which is one stream, the part before the end."""
         if self.documents_apart:
             yield from self._rows("text", split)["text"]
             return
-        pieces = load_rows(self.source, format="text")["text"]
+        pieces = load_rows(self.sources[0].path, format="text")["text"]
         left = round((1 - self.share) * sum(len(piece) for piece in pieces))
         for piece in pieces:
             part = piece[:left] if split == "train" else piece[left:]
@@ -184,15 +191,17 @@ class FileTask:
         return self._rows("messages", split)
 
     def rankings(self, sample: Sample, split: str, count: int, noise: float) -> Dataset:
-        """The file's own pairs, and `where` each stands."""
+        """The sources' own pairs, and `where` each stands; `kind` is the source's name."""
         rows = self._rows("preference", split)
-        rows = rows.add_column("kind", ["given"] * len(rows))
+        names = [source.name for source in self.sources] if len(self.sources) > 1 else ["given"]
+        rows = rows.add_column("kind", [names[place] for place in rows["source"]])
+        rows = rows.remove_columns("source")
         return rows.add_column("flipped", [False] * len(rows))
 
     def prompt_rows(self, split: str, count: int) -> Dataset:
         """The prompts of the file, whatever its format."""
         rows = self._rows("prompt", split)
-        return rows.select(range(min(count, len(rows))))
+        return rows.select(range(min(count, len(rows)))).select_columns(["prompt"])
 
     def measure(self, answer: Answer, use: str = "test") -> dict[str, float]:
         """Only a reader knows what is right here."""
@@ -204,9 +213,11 @@ class FileTask:
         return [row["prompt"][-1]["content"] for row in rows.select(range(min(8, len(rows))))]
 
     def _rows(self, format: str, split: str) -> Dataset:
-        labelled = format in ("messages", "preference")
-        rows = load_rows(self.source, format=format, columns=self.columns, where=labelled)
+        rows = load_mixed(self.sources, format)
         if len(rows) < 2:
-            raise UserError(f"{self.source} has {len(rows)} row: at least 2, one is held out")
+            name = self.sources[0].path
+            raise UserError(f"{name} has {len(rows)} row: at least 2, one is held out")
         train, validation = holdout(rows, self.share, seed=0)
-        return train if split in ("train", "align") else validation
+        if split not in ("train", "align"):
+            return validation
+        return weigh(train, self.sources) if len(self.sources) > 1 else train

@@ -93,10 +93,43 @@ PLAIN = {"prompt": say("u: Hi"), "chosen": say("a: Ho"), "rejected": say("a: No"
             },
             {**PLAIN, "prompt": say("u: A", "a: B", "u: C")},
         ),
+        (
+            {
+                "chosen": "\n\nHuman: A\n\nAssistant: B\nb\n\nHuman: C\n\nAssistant: Ho",
+                "rejected": "\n\nHuman: A\n\nAssistant: B\nb\n\nHuman: C\n\nAssistant: No",
+            },
+            {**PLAIN, "prompt": say("u: A", "a: B\nb", "u: C")},
+        ),
+        (
+            {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "Ho", "rejected": "No"},
+            PLAIN,
+        ),
     ],
 )
 def test_preference(load, row, expected):
     assert load([row], format="preference").to_list() == [expected]
+
+
+def test_ranked_answers_become_pairs(load):
+    """Broken by taking the lower score as chosen, and by keeping pairs of equal scores."""
+    row = {"prompt": "Hi", "answers": ["So", "Ho", "No", "Oh"], "scores": [2, 9.5, -1, 2]}
+    pairs = load([row], format="preference", where=True)
+    found = [(r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in pairs]
+    assert found == [("So", "No"), ("Ho", "So"), ("Ho", "No"), ("Ho", "Oh"), ("Oh", "No")]
+    assert all(r["prompt"] == say("u: Hi") and r["where"].endswith("row 1") for r in pairs)
+
+
+def test_shared_prefix_from_gzip(tmp_path):
+    """As Anthropic's HH comes: `.jsonl.gz`, one dialogue in a string. Broken by keeping the space
+    after a speaker's name."""
+    line = {side: f"\n\nHuman: Hi\n\nAssistant: {a}" for side, a in
+            (("chosen", "Ho"), ("rejected", "No"))}  # fmt: skip
+    path = tmp_path / "train.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(line).encode() + b"\n"))
+    options = {"cache_dir": str(tmp_path / "cache")}
+    assert load_rows(str(path), format="preference", **options).to_list() == [PLAIN]
+    prompts = load_rows(str(path), format="prompt", **options)
+    assert prompts.to_list() == [{"prompt": say("u: Hi")}]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +160,25 @@ def test_columns_and_keep(load):
     assert load([{"body": "x"}], format="text", columns={"text": "body"})[0] == {"text": "x"}
     two = {"prompt": "A", "completion": "B", "question": "Hi", "answer": "Ho"}
     assert load([two], columns={"question": "question"})[0] == {"messages": UA}
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": "q", "completion": "a"},
+        {"question": "q", "answer": "a"},
+        {"instruction": "q", "output": "a"},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "answers": "a", "scores": "b"},
+    ],
+)
+def test_prompts_by_the_mapping_of_the_answers(load, columns):
+    """Fine-tuning reads the held-out prompts, too, by its own mapping, after training.
+
+    Broken by passing the columns on whole: "completion" was then no field of a prompt.
+    """
+    rows = load([{"q": "Hi", "a": "Ho", "b": "No"}], format="prompt", columns=columns)
+    assert rows.to_list() == [{"prompt": say("u: Hi")}]
 
 
 FAULTS = [
@@ -181,6 +233,36 @@ def test_faults_of_messages(load, rows, message):
             "preference",
             {"prompt": "a", "chosen": say("u: b"), "rejected": "c"},
             "turn 2 is by user",
+        ),
+        (
+            "preference",
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: "},
+            'row 1: "rejected"[1] is empty; expected text',
+        ),
+        (
+            "preference",
+            {"chosen": "\n\nHuman: a\n\nHuman: c\n\nAssistant: b", "rejected": "x"},
+            "differ before their last turn",
+        ),
+        (
+            "preference",
+            {"prompt": "a", "answers": ["b", "c"], "scores": [1]},
+            'row 1: "scores" is [1] (list); expected a list of at least two',
+        ),
+        (
+            "preference",
+            {"prompt": "a", "answers": ["b", "c"], "scores": [1, 2, 3]},
+            '"answers" has 2 entries and "scores" 3; expected a score for each answer',
+        ),
+        (
+            "preference",
+            {"prompt": "a", "answers": ["b", "c"], "scores": [1, "2"]},
+            "\"scores\"[1] is '2' (str); expected a number",
+        ),
+        (
+            "preference",
+            {"prompt": "a", "answers": ["b", ""], "scores": [1, 2]},
+            '"answers"[1] is empty; expected text',
         ),
     ],
 )

@@ -1,0 +1,97 @@
+"""Several sources of rows as one, by weight: `data` names a YAML file that lists them.
+
+    - {path: alpaca.json}
+    - {path: openai/gsm8k:main, weight: 0.5}
+    - {path: faq.csv, weight: 3, columns: {prompt: frage, completion: antwort}}
+
+A weight is how often an epoch shows each row of the source: 3 shows all three times, 0.5 a random
+half. Rows that are held out are shown once. Paths are as in `data`: seen from where make is run.
+"""
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from datasets import Dataset, concatenate_datasets
+
+from common.data import dataset_fingerprint, load_rows
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source: what `common.data.load_rows` takes, and its weight."""
+
+    path: str
+    weight: float = 1.0
+    columns: dict[str, str] | None = None
+    split: str = "train"
+
+    @property
+    def name(self) -> str:
+        """Its file's name without ending, or the Hub's without owner, fit for a figure's name."""
+        stem = Path(self.path).name.split(".")[0]
+        return "".join(sign if sign.isalnum() else "_" for sign in stem)
+
+    def fingerprint(self) -> str:
+        """sha256 of the file or folder; of a Hub set, its name."""
+        return dataset_fingerprint(self.path) if Path(self.path).exists() else self.path
+
+
+def read_mixture(path: str) -> list[Source]:
+    """The sources that a YAML file lists.
+
+    Raises:
+        UserError: there is no such file, it is no such list, or an entry is wrong.
+    """
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read ({reason}); check the file") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: expected a list of sources, `- {{path: ..., weight: ...}}`")
+    return [_source(entry, f"{path}, entry {i}") for i, entry in enumerate(entries, start=1)]
+
+
+def _source(entry: object, where: str) -> Source:
+    known = [field.name for field in dataclasses.fields(Source)]
+    if not isinstance(entry, dict) or "path" not in entry or not set(entry) <= set(known):
+        raise UserError(f"{where}: is {entry!r}; expected path, and of {', '.join(known[1:])} any")
+    weight = entry.get("weight", 1.0)
+    if not isinstance(weight, int | float) or not weight > 0:
+        raise UserError(f'{where}: "weight" is {weight!r}; expected a number above 0')
+    return Source(**entry)
+
+
+def load_mixed(sources: list[Source], format: str) -> Dataset:
+    """All rows of all sources, once each, with `source`, the source's index.
+
+    Rows that are learned from as they stand (messages, preferences) also have `where`.
+    """
+    parts = []
+    for index, source in enumerate(sources):
+        rows = load_rows(
+            source.path,
+            format=format,
+            split=source.split,
+            columns=source.columns,
+            where=format in ("messages", "preference"),
+        )
+        parts.append(rows.add_column("source", [index] * len(rows)))
+    return concatenate_datasets(parts)
+
+
+def weigh(rows: Dataset, sources: list[Source], seed: int = 0) -> Dataset:
+    """Rows of `load_mixed`, each as often as its source's weight says, in random order."""
+    dice = random.Random(seed)
+    places = []
+    for place, index in enumerate(rows["source"]):
+        times, rest = divmod(sources[index].weight, 1)
+        places += [place] * (int(times) + (dice.random() < rest))
+    dice.shuffle(places)
+    if not places:
+        raise UserError("the weights of the mixture leave no row; raise them")
+    return rows.select(places)
