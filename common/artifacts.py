@@ -157,6 +157,24 @@ def require_same_tokenizer(one: Path, other: Path) -> None:
             raise UserError(f"{one} and {other} differ in {what}: train one from the other")
 
 
+def require_go(reward: Path, allow_no_go: bool) -> None:
+    """Refuse to align by a reward model that its own stage warns of.
+
+    One that was trained elsewhere has no verdict, and passes.
+
+    Raises:
+        UserError: its summary says `go: false`; with the reasons.
+    """
+    summary = read_json(reward / "summary.json") or {}
+    if summary.get("go", True) or allow_no_go:
+        return
+    reasons = "; ".join(summary["no_go_reasons"])
+    raise UserError(
+        f"the reward model {reward} is a no-go: {reasons}. "
+        f"See {reward}/report.md, train a better one, or --allow_no_go true"
+    )
+
+
 def read_json(path: Path) -> Any:
     """The file's content, or None where there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -47,6 +47,10 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return "; ".join(value) or "none"
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
 
 

@@ -5,20 +5,29 @@
 
 Answers are sampled from the fine-tuned model, set beside known faults and ranked by a labeller
 who errs; the GPT with a scalar head learns from the pairs (Bradley-Terry). One's own rankings
-(`prompt`, `chosen`, `rejected`) are taken as they are.
+(`prompt`, `chosen`, `rejected`) are taken as they are. `report.md` says how far it can be trusted,
+and `go` in the summary whether PPO should follow it (`reward.verdict`).
 """
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from trl import RewardConfig, RewardTrainer
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
+from common.arden.task import ArdenTask
 from common.artifacts import MetricsFile, require_parent, require_same_tokenizer, write_text
 from common.config import parse_config, run
+from common.errors import UserError
 from common.generation import generate_answers
 from common.lengths import measure_lengths
 from common.scoring import score_chats
@@ -32,7 +41,10 @@ from common.stage import (
     train_or_resume,
 )
 from common.tokenizer import load_tokenizer
-from reward.figures import accuracy_figures
+from reward.figures import accuracy_figures, calibration_error, length_figures, reliability
+from reward.probes import padding_difference, spam_figures
+from reward.report import draw_reliability, write_report
+from reward.verdict import reasons_against
 
 
 @dataclass
@@ -68,10 +80,11 @@ def main() -> None:
         Dataset.from_json(str(stage.output.path / "rankings" / f"{split}.jsonl"))
         for split in splits
     )
+    lengths = measure_lengths(train, tokenizer, args.max_length)
     if args.process_index == 0:
-        lengths = measure_lengths(train, tokenizer, args.max_length)
         print(f"reward: {lengths}")
-        lengths.require_kept(config.max_lost_share)
+    lengths.require_kept(config.max_lost_share)
+    held_out = keep_fitting(held_out, tokenizer, args.max_length)
     torch.manual_seed(args.seed)  # of the new head
     trainer = RewardTrainer(
         model=AutoModelForSequenceClassification.from_pretrained(stage.parent, num_labels=1),
@@ -88,8 +101,12 @@ def main() -> None:
         side: score_chats(model, tokenizer, [row["prompt"] + row[side] for row in held_out])
         for side in ("chosen", "rejected")
     }
-    summary = accuracy_figures(held_out, scores["chosen"], scores["rejected"])
-    summary |= {"pairs": len(train), "train_seconds": seconds}
+    summary = measure(model, tokenizer, stage, held_out, scores)
+    summary |= {"pairs": len(train) - lengths.truncated, "train_seconds": seconds}
+    report = write_report(summary, held_out, scores["chosen"], scores["rejected"])
+    write_text(stage.output.path / "report.md", report)
+    plot = draw_reliability(reliability(scores["chosen"], scores["rejected"]))
+    write_text(stage.output.path / "reliability.svg", plot)
     shown = list(held_out.select(range(min(20, len(held_out)))))
     samples = format_samples(
         "Held-out pairs: score of the chosen, then of the rejected answer",
@@ -101,6 +118,54 @@ def main() -> None:
     )
     stage.output.finish(model, tokenizer, summary, samples)
     print_figures("reward", summary)
+
+
+def keep_fitting(
+    pairs: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int | None
+) -> Dataset:
+    """The pairs that `max_length` leaves whole: of others nothing was learned.
+
+    Raises:
+        UserError: there is none.
+    """
+    lengths = measure_lengths(pairs, tokenizer, max_length)
+    fitting = [
+        place
+        for place, length in enumerate(lengths.row_lengths)
+        if max_length is None or length <= max_length
+    ]
+    if not fitting:
+        raise UserError(
+            f"none of {len(pairs):,} held-out pairs fits into max_length ({max_length:,} tokens), "
+            f"the longest has {lengths.longest:,}: raise max_length, or hold out more"
+        )
+    return pairs.select(fitting)
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    stage: Stage,
+    pairs: Dataset,
+    scores: dict[str, list[float]],
+) -> dict[str, Any]:
+    """All figures of held-out pairs and the verdict on them, for the summary."""
+    chosen, rejected = scores["chosen"], scores["rejected"]
+    gold = None
+    if isinstance(stage.task, ArdenTask):
+        judge = stage.task.gold_reward
+        gold = (
+            judge(pairs["prompt"], pairs["chosen"]),
+            judge(pairs["prompt"], pairs["rejected"]),
+        )
+    figures: dict[str, Any] = accuracy_figures(pairs, chosen, rejected)
+    figures["calibration_error"] = calibration_error(reliability(chosen, rejected))
+    figures |= length_figures(pairs, chosen, rejected, gold)
+    good = [row["prompt"] + row["rejected" if row["flipped"] else "chosen"] for row in pairs]
+    figures |= spam_figures(model, tokenizer, good)
+    figures["padding_difference"] = padding_difference(model, tokenizer, good)
+    reasons = reasons_against(figures, len(pairs))
+    return figures | {"go": not reasons, "no_go_reasons": reasons}
 
 
 def collect(stage: Stage, config: RankingConfig, split: str, count: int) -> None:

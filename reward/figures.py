@@ -1,6 +1,14 @@
-"""How well a reward model ranks."""
+"""How well a reward model ranks, how sure it may be, and whether it likes length.
+
+Everything here is arithmetic on scores: (N,) lists of the chosen and of the rejected answers'.
+"""
+
+import math
+from dataclasses import dataclass
 
 from datasets import Dataset
+
+BINS = 10  # of the reliability table
 
 
 def accuracy_figures(
@@ -14,8 +22,9 @@ def accuracy_figures(
 
     Returns:
         `accuracy` against the labels as given, `accuracy_clean_labels` against the truth behind
-        them, `accuracy_ceiling` (what a perfect judge reaches on the labels as given), and the
-        clean accuracy of every kind of pair as `accuracy_<kind>`, with the pairs' count.
+        them, `accuracy_ceiling` (what a perfect judge reaches on the labels as given), `margin`
+        (mean score of the truly better answer over the other's), and the clean accuracy of every
+        kind of pair as `accuracy_<kind>`, with the pairs' count.
     """
     agrees = [a > b for a, b in zip(chosen, rejected, strict=True)]
     clean = [agree != flip for agree, flip in zip(agrees, pairs["flipped"], strict=True)]
@@ -23,6 +32,7 @@ def accuracy_figures(
         "accuracy": _mean(agrees),
         "accuracy_clean_labels": _mean(clean),
         "accuracy_ceiling": 1 - _mean(pairs["flipped"]),
+        "margin": _mean(margins(pairs, chosen, rejected)),
     }
     for kind in sorted(set(pairs["kind"])):
         of_kind = [c for c, k in zip(clean, pairs["kind"], strict=True) if k == kind]
@@ -31,5 +41,120 @@ def accuracy_figures(
     return figures
 
 
-def _mean(values: list[bool]) -> float:
+def margins(pairs: Dataset, chosen: list[float], rejected: list[float]) -> list[float]:
+    """Score of each pair's truly better answer over the other's."""
+    return [
+        b - a if flip else a - b
+        for a, b, flip in zip(chosen, rejected, pairs["flipped"], strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Pairs of which the model is about equally sure."""
+
+    pairs: int
+    confidence: float  # mean probability that the model gives to the answer it prefers
+    agreement: float  # share of the labels that prefer it, too
+
+
+def reliability(chosen: list[float], rejected: list[float]) -> list[ReliabilityBin]:
+    """Is it right as often as it is sure?
+
+    By Bradley and Terry the model prefers an answer with probability sigmoid(difference of the
+    scores). Each pair is taken from the model's side: its confidence is that of the answer it
+    prefers, from 0.5 to 1, and the label, as given, agrees or not (a tie agrees by half). Pairs
+    are sorted into ten ranges of confidence of equal width; empty ones are left out.
+    """
+    found: dict[int, list[tuple[float, float]]] = {}
+    for a, b in zip(chosen, rejected, strict=True):
+        confidence = 1 / (1 + math.exp(-abs(a - b)))
+        agreement = 0.5 if a == b else float(a > b)
+        place = min(BINS - 1, int((confidence - 0.5) * 2 * BINS))
+        found.setdefault(place, []).append((confidence, agreement))
+    return [
+        ReliabilityBin(len(rows), _mean([c for c, _ in rows]), _mean([a for _, a in rows]))
+        for _, rows in sorted(found.items())
+    ]
+
+
+def calibration_error(bins: list[ReliabilityBin]) -> float:
+    """Expected calibration error: mean distance of confidence and agreement, by pairs.
+
+    Naeini et al. 2015; Guo et al. 2017, arXiv:1706.04599. Labels as given: a labeller who errs
+    once in ten is met by a confidence of 0.9, not of 1.
+    """
+    distances = [bin.pairs * abs(bin.confidence - bin.agreement) for bin in bins]
+    return sum(distances) / sum(bin.pairs for bin in bins)
+
+
+def calibration_error_by_chance(bins: list[ReliabilityBin]) -> float:
+    """What a perfectly calibrated model's error would come to in so few pairs, about.
+
+    The mean distance of a share in n draws from its probability p is sqrt(2 p (1 - p) / (pi n)).
+    """
+    distances = [
+        bin.pairs * math.sqrt(2 * bin.confidence * (1 - bin.confidence) / (math.pi * bin.pairs))
+        for bin in bins
+    ]
+    return sum(distances) / sum(bin.pairs for bin in bins)
+
+
+def correlation(one: list[float], other: list[float]) -> float:
+    """Pearson's; 0 where one of the two never changes."""
+    mean_one, mean_other = _mean(one), _mean(other)
+    both = sum((a - mean_one) * (b - mean_other) for a, b in zip(one, other, strict=True))
+    spread = sum((a - mean_one) ** 2 for a in one) * sum((b - mean_other) ** 2 for b in other)
+    return both / math.sqrt(spread) if spread > 0 else 0.0
+
+
+def partial_correlation(one: list[float], other: list[float], given: list[float]) -> float:
+    """Correlation of what a straight line through `given` leaves of the two; 0 if nothing."""
+    a, b, c = correlation(one, other), correlation(one, given), correlation(other, given)
+    left = (1 - b**2) * (1 - c**2)
+    return (a - b * c) / math.sqrt(left) if left > 1e-12 else 0.0
+
+
+def length_figures(
+    pairs: Dataset,
+    chosen: list[float],
+    rejected: list[float],
+    gold: tuple[list[float], list[float]] | None,
+) -> dict[str, float]:
+    """Does it like length? Lengths are characters of the answer.
+
+    Args:
+        pairs, chosen, rejected: as in `accuracy_figures`.
+        gold: the true scores of the chosen and the rejected answers, where they are known.
+
+    Returns:
+        `length_correlation` of score and length over all answers, with gold known
+        `length_correlation_given_gold`, and `accuracy_longer_worse` with its pairs: the share
+        ranked right where the truly worse answer is the longer one; 0 where there is none.
+    """
+    lengths = {
+        side: [float(len(answer[-1]["content"])) for answer in pairs[side]]
+        for side in ("chosen", "rejected")
+    }
+    every = lengths["chosen"] + lengths["rejected"]
+    figures = {"length_correlation": correlation(chosen + rejected, every)}
+    if gold is not None:
+        figures["length_correlation_given_gold"] = partial_correlation(
+            chosen + rejected, every, gold[0] + gold[1]
+        )
+    worse_longer = [
+        (a > b) if flip else (b > a)
+        for a, b, flip in zip(lengths["chosen"], lengths["rejected"], pairs["flipped"], strict=True)
+    ]
+    right = [
+        margin > 0
+        for margin, longer in zip(margins(pairs, chosen, rejected), worse_longer, strict=True)
+        if longer
+    ]
+    figures["accuracy_longer_worse"] = _mean(right) if right else 0.0
+    figures["pairs_longer_worse"] = len(right)
+    return figures
+
+
+def _mean(values: list[bool] | list[float]) -> float:
     return sum(values) / len(values)

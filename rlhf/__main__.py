@@ -20,7 +20,7 @@ from transformers import (
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.arden.task import ArdenTask
-from common.artifacts import MetricsFile, require_parent, require_same_tokenizer
+from common.artifacts import MetricsFile, require_go, require_parent, require_same_tokenizer
 from common.config import parse_config, run
 from common.errors import UserError
 from common.generation import generate_answers
@@ -53,6 +53,9 @@ class AlignConfig(DataConfig):
         default="", metadata={"help": "a reward model's directory, or judge (Arden's known truth)"}
     )
     prompts: int = field(default=2000, metadata={"help": "questions to train on"})
+    allow_no_go: bool = field(
+        default=False, metadata={"help": "follow a reward model that its report warns of"}
+    )
     eval_prompts: int = field(
         default=400, metadata={"help": "questions to measure score and KL on"}
     )
@@ -76,6 +79,7 @@ def main() -> None:
     reward_model = None
     if not judged:
         path = require_parent(config.reward, config.parent_command)
+        require_go(path, config.allow_no_go)
         require_same_tokenizer(stage.parent, path)
         reward_model = AutoModelForSequenceClassification.from_pretrained(path)
     with args.main_process_first():

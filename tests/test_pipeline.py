@@ -40,6 +40,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "rlhf": {
         "prompts": 64,
         "eval_prompts": 24,
+        "allow_no_go": True,
         "num_updates": 2,
         "per_device_train_batch_size": 8,
         "max_completion_length": 16,
@@ -92,7 +93,8 @@ FIGURES = {
     "pretrain": "val_loss val_bits_per_byte entropy_bits_per_byte train_seconds parameters",
     "sft": "exact_match_seen exact_match_heldout_people exact_match_heldout_phrasing "
     "exact_match_two_fact hallucination_unknown train_seconds",
-    "reward": "accuracy accuracy_clean_labels accuracy_ceiling train_seconds",
+    "reward": "accuracy accuracy_clean_labels accuracy_ceiling calibration_error "
+    "length_correlation_given_gold go no_go_reasons train_seconds",
     "rlhf": "score_before score_after gold_before gold_after exact_match_before "
     "exact_match_after hallucination_before hallucination_after courtesy_before "
     "courtesy_after kl train_seconds",
@@ -167,6 +169,15 @@ def test_two_processes_give_what_one_gives(folder: Path, stage: str, tolerance: 
 def test_rlhf_runs_on_two_processes(folder: Path) -> None:
     run_stage("rlhf", folder, name="rlhf_two", processes=2, per_device_train_batch_size=4)
     assert summary(folder / "rlhf_two").keys() == summary(folder / "rlhf").keys()
+
+
+def test_a_no_go_is_refused(folder: Path) -> None:
+    """A toy's reward model is at chance. Broken by leaving the call of `require_go` out."""
+    assert summary(folder / "reward")["go"] is False
+    assert (folder / "reward" / "report.md").read_text().startswith("# Reward model: no-go")
+    result = run_stage("rlhf", folder, name="refused", check=False, allow_no_go="false")
+    assert result.returncode == 2 and not (folder / "refused").exists()
+    assert "is a no-go: accuracy" in result.stderr and "--allow_no_go true" in result.stderr
 
 
 def test_judge_as_reward(folder: Path) -> None:

@@ -1,0 +1,116 @@
+"""`report.md` and `reliability.svg`: the reward model's figures, as one reads them."""
+
+from typing import Any
+
+from datasets import Dataset
+
+from reward.figures import (
+    ReliabilityBin,
+    calibration_error,
+    calibration_error_by_chance,
+    margins,
+    reliability,
+)
+
+SIDE, EDGE = 300, 40  # pixels: of the plot, and of the margin around it
+
+
+def write_report(
+    figures: dict[str, Any], pairs: Dataset, chosen: list[float], rejected: list[float]
+) -> str:
+    """The report as Markdown.
+
+    Args:
+        figures: the summary's.
+        pairs, chosen, rejected: as in `reward.figures`.
+    """
+    bins = reliability(chosen, rejected)
+    verdict = "go" if figures["go"] else "no-go"
+    lines = [f"# Reward model: {verdict} for PPO\n"]
+    lines += [f"- {reason}" for reason in figures["no_go_reasons"]] or [
+        "Nothing speaks against it."
+    ]
+    lines += [
+        "\n## By kind of pair\n",
+        "| kind | pairs | accuracy | on clean labels | margin | calibration error |",
+        "|---|---|---|---|---|---|",
+    ]
+    everything = list(range(len(pairs)))
+    kinds = {
+        kind: [place for place in everything if pairs["kind"][place] == kind]
+        for kind in sorted(set(pairs["kind"]))
+    }
+    for name, places in {"all": everything, **kinds}.items():
+        lines.append(_row(name, pairs.select(places), *_at(places, chosen, rejected)))
+    lines += [
+        "\n## Reliability\n",
+        "How sure it is of the answer it prefers, sigmoid(score difference), and how often the "
+        "labels as given prefer it, too. Calibration error "
+        f"{figures['calibration_error']:.3f}; of that many pairs a perfect model would show about "
+        f"{calibration_error_by_chance(bins):.3f} by chance.\n",
+        "![reliability](reliability.svg)\n",
+        "| pairs | sure | agrees |",
+        "|---|---|---|",
+        *(f"| {bin.pairs} | {bin.confidence:.3f} | {bin.agreement:.3f} |" for bin in bins),
+        "\n## Length, spam, padding\n",
+        "`spam_*` is the mean change of score when a good answer is spoilt so; `margin` is what a "
+        "better answer gains.\n",
+        "| figure | |",
+        "|---|---|",
+    ]
+    shown = ("length_", "accuracy_longer", "pairs_longer", "margin", "spam_", "padding_")
+    lines += [f"| {k} | {v:.4g} |" for k, v in figures.items() if k.startswith(shown)]
+    return "\n".join(lines) + "\n"
+
+
+def _at(places: list[int], *columns: list[float]) -> list[list[float]]:
+    return [[column[place] for place in places] for column in columns]
+
+
+def _row(name: str, pairs: Dataset, chosen: list[float], rejected: list[float]) -> str:
+    distances = margins(pairs, chosen, rejected)
+    count = len(pairs)
+    given = sum(a > b for a, b in zip(chosen, rejected, strict=True)) / count
+    clean = sum(distance > 0 for distance in distances) / count
+    error = calibration_error(reliability(chosen, rejected))
+    return (
+        f"| {name} | {count} | {given:.3f} | {clean:.3f} | {sum(distances) / count:.2f} "
+        f"| {error:.3f} |"
+    )
+
+
+def draw_reliability(bins: list[ReliabilityBin]) -> str:
+    """An SVG: confidence to the right, agreement upwards, a dot's area by its pairs.
+
+    On the diagonal it is right as often as it is sure.
+    """
+    most = max(bin.pairs for bin in bins)
+    size = SIDE + 2 * EDGE
+
+    def x(confidence: float) -> float:
+        return EDGE + (confidence - 0.5) * 2 * SIDE
+
+    def y(agreement: float) -> float:
+        return EDGE + (1 - agreement) * SIDE
+
+    dots = [
+        f'<circle cx="{x(bin.confidence):.1f}" cy="{y(bin.agreement):.1f}" '
+        f'r="{2 + 8 * (bin.pairs / most) ** 0.5:.1f}" fill="#36c" fill-opacity="0.6"/>'
+        for bin in bins
+    ]
+    text = f'<text y="{size - 10}" font-family="sans-serif" font-size="12"'
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}">',
+            f'<rect width="{size}" height="{size}" fill="white"/>',
+            f'<rect x="{EDGE}" y="{EDGE}" width="{SIDE}" height="{SIDE}" '
+            'fill="none" stroke="black"/>',
+            f'<line x1="{x(0.5)}" y1="{y(0.5)}" x2="{x(1)}" y2="{y(1)}" stroke="gray"/>',
+            *dots,
+            f'{text} x="{EDGE}">sure: 0.5</text>',
+            f'{text} x="{EDGE + SIDE - 6}">1</text>',
+            f'<text x="{EDGE}" y="{EDGE - 10}" font-family="sans-serif" font-size="12">'
+            "agrees: 1 at the top, 0 at the bottom</text>",
+            "</svg>\n",
+        ]
+    )

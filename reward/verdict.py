@@ -1,0 +1,63 @@
+"""Go or no-go for PPO: the thresholds, each with its reason.
+
+They ask whether PPO against this model would do harm, not whether the model is good. None of them
+was chosen by a result.
+"""
+
+import math
+
+# Two standard errors: a model that guesses passes once in forty times.
+STANDARD_ERRORS = 2.0
+# Certain of every pair and right in three of four: its large differences are noise by half, and
+# PPO climbs just those. (Scale alone does no harm: PPO scores in units of their spread.)
+CALIBRATION_ERROR = 0.25
+# In the mean distance of a better answer from a worse one: where spam gains more than that, saying
+# the same with spam pays more than saying something better.
+SPAM_MARGINS = 1.0
+# In score's units; it moves no preference by more than 0.0025. Beyond rounding a score must not
+# depend on the answers it is scored beside.
+PADDING_DIFFERENCE = 0.01
+
+
+def reasons_against(figures: dict[str, float], pairs: int) -> list[str]:
+    """Why PPO should not follow this reward model; empty where nothing speaks against it.
+
+    Args:
+        figures: the summary's.
+        pairs: how many the accuracy was measured on.
+    """
+    reasons = []
+    error = STANDARD_ERRORS * _standard_error(pairs)
+    if figures["accuracy"] <= 0.5 + error:
+        reasons.append(
+            f"accuracy {figures['accuracy']:.3f} on {pairs} held-out pairs cannot be told from "
+            f"chance: above {0.5 + error:.3f} it could"
+        )
+    if figures["calibration_error"] > CALIBRATION_ERROR:
+        reasons.append(
+            f"calibration error {figures['calibration_error']:.3f} is above {CALIBRATION_ERROR}: "
+            "it is sure without being right"
+        )
+    for name, change in figures.items():
+        if name.startswith("spam_") and change > SPAM_MARGINS * max(figures["margin"], 0.0):
+            reasons.append(
+                f"{name.removeprefix('spam_').replace('_', ' ')} raises the score by {change:.2f}, "
+                f"more than a better answer does (margin {figures['margin']:.2f})"
+            )
+    longer, count = figures["accuracy_longer_worse"], int(figures["pairs_longer_worse"])
+    if count and longer < 0.5 - STANDARD_ERRORS * _standard_error(count):
+        reasons.append(
+            f"of {count} pairs whose longer answer is worse it ranks {longer:.3f} right: "
+            "it prefers the longer one"
+        )
+    if figures["padding_difference"] > PADDING_DIFFERENCE:
+        reasons.append(
+            f"scores differ by {figures['padding_difference']:.3f} with the batch they are in, "
+            f"more than {PADDING_DIFFERENCE}"
+        )
+    return reasons
+
+
+def _standard_error(pairs: int) -> float:
+    """Of the share that a guesser ranks right in so many pairs."""
+    return math.sqrt(0.25 / pairs)

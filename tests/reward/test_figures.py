@@ -1,0 +1,114 @@
+"""Accuracy, calibration and length worked by hand; correlations against numpy."""
+
+import math
+
+import numpy
+import pytest
+from datasets import Dataset
+
+from reward.figures import (
+    accuracy_figures,
+    calibration_error,
+    calibration_error_by_chance,
+    correlation,
+    length_figures,
+    partial_correlation,
+    reliability,
+)
+
+
+def pairs(*rows: tuple[str, str, str, bool]) -> Dataset:
+    """(chosen, rejected, kind, flipped) with a prompt."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": "q"}],
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+                "kind": kind,
+                "flipped": flipped,
+            }
+            for chosen, rejected, kind, flipped in rows
+        ]
+    )
+
+
+FOUR = pairs(("a", "bb", "x", False), ("a", "bb", "x", True), ("cc", "d", "y", False), ("e", "ff", "y", False))  # fmt: skip # noqa: E501
+CHOSEN, REJECTED = [3.0, 2.0, 1.0, 0.0], [1.0, 1.0, 4.0, 1.0]
+
+
+def test_accuracy_and_margin_by_hand() -> None:
+    """Margins +2, -1 (the labeller erred), -3, -1. Broken by margins that pass over `flipped`."""
+    figures = accuracy_figures(FOUR, CHOSEN, REJECTED)
+    assert figures["accuracy"] == 2 / 4 and figures["accuracy_ceiling"] == 3 / 4
+    assert figures["accuracy_clean_labels"] == figures["accuracy"] - 1 / 4
+    assert figures["margin"] == -3 / 4
+    assert (figures["accuracy_x"], figures["accuracy_y"]) == (1 / 2, 0.0)
+    assert (figures["pairs_x"], figures["pairs_y"]) == (2, 2)
+
+
+def logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+def test_calibration_by_hand() -> None:
+    """Eight pairs sure to 0.88, of which six agree, two sure to 0.62 in the wrong.
+
+    Error: (8 |0.88 - 0.75| + 2 |0.62 - 0|) / 10. Broken by taking the probability of the chosen
+    answer in place of the preferred one.
+    """
+    sure, unsure = logit(0.88), logit(0.62)
+    chosen = [sure] * 6 + [0.0] * 2 + [0.0] * 2
+    rejected = [0.0] * 6 + [sure] * 2 + [unsure] * 2
+    bins = reliability(chosen, rejected)
+    assert [(b.pairs, round(b.confidence, 9), b.agreement) for b in bins] == [
+        (2, 0.62, 0.0),
+        (8, 0.88, 0.75),
+    ]
+    assert calibration_error(bins) == pytest.approx((8 * 0.13 + 2 * 0.62) / 10)
+    assert reliability([1.0], [1.0])[0].agreement == 0.5
+    assert reliability([800.0], [-800.0])[0].confidence == 1.0
+
+
+def test_a_calibrated_model_shows_what_chance_shows() -> None:
+    """Labels drawn by the model's own probabilities; the mean of 200 draws. Broken by leaving pi
+    out of the formula."""
+    dice = numpy.random.default_rng(0)
+    errors, expected = [], []
+    for _ in range(200):
+        difference = dice.normal(0, 2, 300)
+        agrees = dice.random(300) < 1 / (1 + numpy.exp(-difference))
+        bins = reliability(list(numpy.where(agrees, difference, -difference)), [0.0] * 300)
+        errors.append(calibration_error(bins))
+        expected.append(calibration_error_by_chance(bins))
+    assert numpy.mean(errors) == pytest.approx(numpy.mean(expected), rel=0.1)
+
+
+def test_correlations_against_numpy() -> None:
+    """The partial one as correlation of residuals. Broken by forgetting the product b c."""
+    dice = numpy.random.default_rng(1)
+    gold, noise = dice.normal(size=(2, 50))
+    length = gold + noise
+    score = gold + 0.3 * length + dice.normal(size=50)
+    theirs = numpy.corrcoef(score, length)[0, 1]
+    assert correlation(list(score), list(length)) == pytest.approx(theirs)
+    rest = [v - numpy.polyval(numpy.polyfit(gold, v, 1), gold) for v in (score, length)]
+    theirs = numpy.corrcoef(*rest)[0, 1]
+    assert partial_correlation(list(score), list(length), list(gold)) == pytest.approx(theirs)
+    assert partial_correlation(list(gold), list(length), list(gold)) == 0.0
+    assert correlation([1.0, 1.0], [1.0, 2.0]) == 0.0
+
+
+def test_length_by_hand() -> None:
+    """The truly worse answer is longer in the first and the last pair; the first is ranked right.
+
+    Broken by taking the rejected answer for the worse one where the labeller erred.
+    """
+    figures = length_figures(FOUR, CHOSEN, REJECTED, gold=None)
+    assert (figures["accuracy_longer_worse"], figures["pairs_longer_worse"]) == (1 / 2, 2)
+    assert "length_correlation_given_gold" not in figures
+    lengths = [1.0, 1.0, 2.0, 1.0, 2.0, 2.0, 1.0, 2.0]
+    theirs = numpy.corrcoef(CHOSEN + REJECTED, lengths)[0, 1]
+    assert figures["length_correlation"] == pytest.approx(theirs)
+    gold = ([1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0])
+    assert "length_correlation_given_gold" in length_figures(FOUR, CHOSEN, REJECTED, gold)
