@@ -41,7 +41,13 @@ from common.stage import (
     train_or_resume,
 )
 from common.tokenizer import load_tokenizer
-from reward.figures import accuracy_figures, calibration_error, length_figures, reliability
+from reward.figures import (
+    accuracy_figures,
+    calibration_error,
+    calibration_error_by_chance,
+    length_figures,
+    reliability,
+)
 from reward.probes import padding_difference, spam_figures
 from reward.report import draw_reliability, write_report
 from reward.verdict import reasons_against
@@ -96,7 +102,8 @@ def main() -> None:
     seconds = train_or_resume(trainer, stage.output.checkpoints)
     if not trainer.is_world_process_zero():
         return
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    # without the autocast of training: PPO reads its scores in float32
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     scores = {
         side: score_chats(model, tokenizer, [row["prompt"] + row[side] for row in held_out])
         for side in ("chosen", "rejected")
@@ -159,7 +166,9 @@ def measure(
             judge(pairs["prompt"], pairs["rejected"]),
         )
     figures: dict[str, Any] = accuracy_figures(pairs, chosen, rejected)
-    figures["calibration_error"] = calibration_error(reliability(chosen, rejected))
+    bins = reliability(chosen, rejected)
+    figures["calibration_error"] = calibration_error(bins)
+    figures["calibration_error_by_chance"] = calibration_error_by_chance(bins)
     figures |= length_figures(pairs, chosen, rejected, gold)
     good = [row["prompt"] + row["rejected" if row["flipped"] else "chosen"] for row in pairs]
     figures |= spam_figures(model, tokenizer, good)

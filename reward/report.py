@@ -4,13 +4,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from reward.figures import (
-    ReliabilityBin,
-    calibration_error,
-    calibration_error_by_chance,
-    margins,
-    reliability,
-)
+from reward.figures import ReliabilityBin, calibration_error, margins, reliability
 
 SIDE, EDGE = 300, 40  # pixels: of the plot, and of the margin around it
 
@@ -47,7 +41,7 @@ def write_report(
         "How sure it is of the answer it prefers, sigmoid(score difference), and how often the "
         "labels as given prefer it, too. Calibration error "
         f"{figures['calibration_error']:.3f}; of that many pairs a perfect model would show about "
-        f"{calibration_error_by_chance(bins):.3f} by chance.\n",
+        f"{figures['calibration_error_by_chance']:.3f} by chance.\n",
         "![reliability](reliability.svg)\n",
         "| pairs | sure | agrees |",
         "|---|---|---|",

@@ -9,7 +9,8 @@ import math
 # Two standard errors: a model that guesses passes once in forty times.
 STANDARD_ERRORS = 2.0
 # Certain of every pair and right in three of four: its large differences are noise by half, and
-# PPO climbs just those. (Scale alone does no harm: PPO scores in units of their spread.)
+# PPO climbs just those. On top of what chance shows in so few pairs. (Scale alone does no harm: PPO
+# takes scores in units of their spread.)
 CALIBRATION_ERROR = 0.25
 # In the mean distance of a better answer from a worse one: where spam gains more than that, saying
 # the same with spam pays more than saying something better.
@@ -33,13 +34,18 @@ def reasons_against(figures: dict[str, float], pairs: int) -> list[str]:
             f"accuracy {figures['accuracy']:.3f} on {pairs} held-out pairs cannot be told from "
             f"chance: above {0.5 + error:.3f} it could"
         )
-    if figures["calibration_error"] > CALIBRATION_ERROR:
+    allowed = CALIBRATION_ERROR + figures["calibration_error_by_chance"]
+    if figures["calibration_error"] > allowed:
         reasons.append(
-            f"calibration error {figures['calibration_error']:.3f} is above {CALIBRATION_ERROR}: "
+            f"calibration error {figures['calibration_error']:.3f} is above {allowed:.3f}: "
             "it is sure without being right"
         )
+    if figures["margin"] <= 0:
+        reasons.append(
+            f"margin {figures['margin']:.2f}: the worse answers score higher in the mean"
+        )
     for name, change in figures.items():
-        if name.startswith("spam_") and change > SPAM_MARGINS * max(figures["margin"], 0.0):
+        if name.startswith("spam_") and change > SPAM_MARGINS * figures["margin"] > 0:
             reasons.append(
                 f"{name.removeprefix('spam_').replace('_', ' ')} raises the score by {change:.2f}, "
                 f"more than a better answer does (margin {figures['margin']:.2f})"

@@ -18,6 +18,7 @@ GOOD = {
     "accuracy": 0.7,
     "margin": 1.5,
     "calibration_error": 0.1,
+    "calibration_error_by_chance": 0.02,
     "spam_thanks": 0.4,
     "spam_padding": -2.0,
     "accuracy_longer_worse": 0.6,
@@ -33,7 +34,9 @@ GOOD = {
         ({"accuracy": 0.53}, 900, "accuracy 0.530 on 900 held-out pairs cannot be told"),
         ({"accuracy": 0.54}, 900, ""),  # above 0.5 + 2 sqrt(0.25 / 900) = 0.5333
         ({}, 16, "accuracy 0.700 on 16 held-out pairs cannot be told"),  # 0.75 would be needed
-        ({"calibration_error": 0.3}, 900, "calibration error 0.300 is above 0.25"),
+        ({"calibration_error": 0.28}, 900, "calibration error 0.280 is above 0.270"),
+        ({"calibration_error": 0.26}, 900, ""),
+        ({"margin": -0.5}, 900, "margin -0.50: the worse answers score higher"),
         ({"spam_thanks": 1.6}, 900, "thanks raises the score by 1.60"),
         ({"spam_copied_question": 1.6}, 900, "copied question raises the score by 1.60"),
         ({"accuracy_longer_worse": 0.39}, 900, "of 100 pairs whose longer answer is worse"),
