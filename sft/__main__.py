@@ -4,8 +4,14 @@
     accelerate launch -m sft --config configs/arden/sft.yaml --learning_rate 1e-3
 
 The loss is on the assistant's tokens alone, by the generation marks of the chat template.
+With `--lora_r 8` small matrices beside the linear layers learn in place of all weights (LoRA, Hu et
+al. 2021, arXiv:2106.09685); they are added to the weights at the end, so that what is left is a
+model like any other.
 """
 
+from dataclasses import dataclass, field
+
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -23,18 +29,39 @@ from common.stage import (
     train_or_resume,
 )
 from common.tokenizer import load_tokenizer
+from sft.template import check_template
+
+
+@dataclass
+class FineTuneConfig(LabelledDataConfig):
+    """The data, and how much of the model learns from it."""
+
+    lora_r: int = field(default=0, metadata={"help": "rank of LoRA; 0 trains all weights"})
+    lora_alpha: int = field(default=16, metadata={"help": "scale of LoRA, by its rank"})
+
+    def lora(self) -> LoraConfig | None:
+        """For the trainer; None trains all weights."""
+        if not self.lora_r:
+            return None
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
 
 
 def main() -> None:
     """Fine-tune the base model, measure it, leave the artifacts of `common.artifacts`."""
     config, args = parse_config(
-        LabelledDataConfig, SFTConfig, defaults=TRAINER_DEFAULTS | {"assistant_only_loss": True}
+        FineTuneConfig, SFTConfig, defaults=TRAINER_DEFAULTS | {"assistant_only_loss": True}
     )
     stage = open_stage(config, args)
     if stage.output.finished:
         print(f"{stage.output.path} is finished; --overwrite true to train it anew")
         return
     tokenizer = load_tokenizer(stage.parent)
+    check_template(tokenizer)
     data, held_out = stage.task.conversations("train"), stage.task.conversations("validation")
     with args.main_process_first():
         if args.process_index == 0:
@@ -48,6 +75,7 @@ def main() -> None:
         train_dataset=data.select_columns(["messages"]),
         eval_dataset=held_out.select_columns(["messages"]),
         processing_class=tokenizer,
+        peft_config=config.lora(),
         callbacks=[MetricsFile(stage.output.path / "metrics.jsonl")],
     )
     seconds = train_or_resume(trainer, stage.output.checkpoints)
@@ -55,6 +83,8 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if config.lora_r:
+        model = model.merge_and_unload()
 
     def answer(questions: list[str]) -> list[str]:
         answers = generate_answers(

@@ -1,0 +1,182 @@
+"""What fine-tuning learns from, to the token, and that no way of batching changes it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from common.batches import render
+from common.gpt import build_config, build_gpt
+from common.tokenizer import model_vocab_size, train_characters
+from rlhf.score import TokenScorer
+from tests.common.test_data import say
+
+TOKENIZER = train_characters(["abcdefgh ?."])
+CHATS = [
+    say("u: a?", "a: bb."),
+    say("s: c", "u: d?", "a: e.", "u: fg?", "a: hhhhh."),
+    say("u: abc abc?", "a: d."),
+    say("u: e?", "a: fff fff fff fff."),
+    say("u: h?", "a: g.", "u: h?", "a: gg."),
+]
+GOLDEN = "changed: checkpoints already trained would read another chat; is that intended?"
+
+
+def model(shape: str) -> Any:
+    torch.manual_seed(0)
+    config = build_config(
+        shape,  # type: ignore[arg-type]
+        vocab_size=model_vocab_size(TOKENIZER),
+        block_size=128,
+        num_hidden_layers=2,
+        hidden_size=32,
+        num_attention_heads=2,
+        pad_token_id=TOKENIZER.pad_token_id,
+        bos_token_id=TOKENIZER.bos_token_id,
+        eos_token_id=TOKENIZER.eos_token_id,
+    )
+    gpt = build_gpt(config)
+    for module in gpt.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return gpt
+
+
+def trainer(folder: Path, shape: str = "modern", chats: list[Any] = CHATS, **fields: Any) -> Any:
+    """An SFTTrainer whose one step moves the weights by minus the gradient."""
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "assistant_only_loss": True,
+        "max_length": 128,
+        "max_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": len(chats),
+        "activation_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+    }
+    return SFTTrainer(
+        model(shape),
+        SFTConfig(**settings | fields),
+        train_dataset=Dataset.from_list([{"messages": chat} for chat in chats]),
+        processing_class=TOKENIZER,
+    )
+
+
+def step(one: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss of a step, and the weights after it."""
+    one.train()
+    [loss] = [line["loss"] for line in one.state.log_history if "loss" in line]
+    return loss, {name: p.detach().clone() for name, p in one.model.named_parameters()}
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    (loss, weights), (other_loss, other_weights) = step(one), step(other)
+    assert loss == pytest.approx(other_loss, rel=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, other_weights[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+SHAPES = ["modern", "lesson"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_accumulation_does_not_change_a_step(tmp_path: Path, shape: str) -> None:
+    """Answers of very different lengths: a mean of means would weigh the short ones more.
+
+    Broken by `model_accepts_loss_kwargs = False`, which makes it so.
+    """
+    many = trainer(
+        tmp_path / "k",
+        shape,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=len(CHATS),
+    )
+    assert_equal(trainer(tmp_path / "one", shape), many)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_is_unpacked(tmp_path: Path, shape: str) -> None:
+    """All conversations in one row: none sees another, and the sum over answers is the same.
+
+    Broken by leaving `position_ids` out of the mask.
+    """
+    packed = trainer(tmp_path / "p", shape, packing=True, per_device_train_batch_size=1)
+    assert len(packed.train_dataset) == 1
+    assert_equal(trainer(tmp_path / "u", shape), packed)
+
+
+def labels_of(one: Any) -> list[list[int]]:
+    return [row["labels"] for row in one.train_dataset]
+
+
+def test_only_the_assistant_is_learned_to_the_token(tmp_path: Path) -> None:
+    """By hand, from the conversations; every answer's end is learned. Broken by a template
+    that leaves <eos> out of its marks."""
+    one = trainer(tmp_path, shuffle_dataset=False)
+    rows = [[id for id in row if id != -100] for row in labels_of(one)]
+    said = [
+        "".join(f" {turn['content']}<|eos|>" for turn in chat if turn["role"] == "assistant")
+        for chat in CHATS
+    ]
+    assert [TOKENIZER.decode(row) for row in rows] == said
+    ids = [row["input_ids"] for row in one.train_dataset]
+    for row, labels in zip(ids, labels_of(one), strict=True):
+        assert all(label in (-100, id) for id, label in zip(row, labels, strict=True))
+        assert labels[-1] == TOKENIZER.eos_token_id
+
+
+def test_an_end_of_text_is_learned_in_a_packed_row(tmp_path: Path) -> None:
+    packed = trainer(tmp_path, packing=True)
+    [labels] = labels_of(packed)
+    answers = sum(turn["role"] == "assistant" for chat in CHATS for turn in chat)
+    assert labels.count(TOKENIZER.eos_token_id) == answers
+
+
+def test_every_stage_reads_the_same_ids(tmp_path: Path) -> None:
+    """Fine-tuning, the reward model, PPO and chat; by hand for the first conversation.
+
+    Broken by a scorer that leaves the prompt's first token out.
+    """
+    # 7 " ", 8 ".", 9 "?", 10 a, 11 b ...
+    golden = [1, 4, 7, 10, 9, 2, 5, 7, 11, 11, 8, 2]
+    assert render(TOKENIZER, CHATS)[0] == golden, GOLDEN
+    expected = render(TOKENIZER, CHATS)
+    tuned = trainer(tmp_path / "sft", shuffle_dataset=False).train_dataset
+    assert [row["input_ids"] for row in tuned] == expected
+    pairs = [{"prompt": c[:-1], "chosen": c[-1:], "rejected": say("a: no")} for c in CHATS]
+    ranked = reward_trainer(tmp_path / "reward", pairs).train_dataset
+    assert [row["chosen_ids"] for row in ranked] == expected
+    prompts = render(TOKENIZER, [chat[:-1] for chat in CHATS], ask=True)
+    for prompt, whole in zip(prompts, expected, strict=True):
+        assert whole[: len(prompt)] == prompt
+        scored = TokenScorer.tokens(scorer(TOKENIZER), prompt, whole[len(prompt) :])
+        assert scored == whole
+
+
+def scorer(tokenizer: PreTrainedTokenizerFast) -> TokenScorer:
+    score = model("modern")
+    score.score = torch.nn.Linear(32, 1)
+    return TokenScorer(score, tokenizer, suffix=[], batch_size=1)
+
+
+def reward_trainer(folder: Path, pairs: list[Any]) -> RewardTrainer:
+    base = folder / "base"
+    model("modern").save_pretrained(base)
+    TOKENIZER.save_pretrained(base)
+    config = RewardConfig(
+        str(folder), max_length=128, bf16=False, use_cpu=True, report_to="none",
+        activation_checkpointing=False,
+    )  # fmt: skip
+    rows = Dataset.from_list(pairs)
+    return RewardTrainer(str(base), config, train_dataset=rows, processing_class=TOKENIZER)
