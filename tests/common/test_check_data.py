@@ -10,32 +10,16 @@ import pytest
 from datasets import Dataset
 
 from common.check_data import describe_repeats, show_mask, show_row
-from common.gpt import build_config, build_gpt
-from common.tokenizer import model_vocab_size, train_bpe, train_characters
+from common.tokenizer import train_characters
 from tests.common.test_data import say
+from tests.toy import save_toy
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained GPT of toy size with a byte-level tokenizer, as a stage leaves one."""
-    path = tmp_path_factory.mktemp("tiny")
-    tokenizer = train_bpe(["How many are there? There are many. " * 9], 320)
-    config = build_config(
-        "modern",
-        vocab_size=model_vocab_size(tokenizer),
-        block_size=2048,
-        num_hidden_layers=1,
-        hidden_size=16,
-        num_attention_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    build_gpt(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return save_toy(tmp_path_factory.mktemp("tiny"))
 
 
 def test_mask_is_shown_to_the_token():

@@ -1,0 +1,93 @@
+"""Fine-tuning and the reward model, a few steps each, on the shapes that people's data comes in."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.toy import save_toy
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_toy(tmp_path_factory.mktemp("tiny"))
+
+
+def real(name: str) -> Path:
+    folder = os.environ.get("FOLIO_TEST_DATA")
+    if not folder:
+        pytest.skip("FOLIO_TEST_DATA names no folder with the real data")
+    return Path(folder) / name
+
+
+def run_stage(stage: str, tiny: Path, out: Path, data: Path, **more: Any) -> dict[str, Any]:
+    """Two steps of a stage of the `own` profile; its summary."""
+    fields = {"model_name_or_path": tiny, "output_dir": out, "data": data, "max_steps": 2}
+    fields |= {"per_device_train_batch_size": 4, "max_new_tokens": 8, "max_length": 1024} | more
+    flags = [str(part) for field, value in fields.items() for part in (f"--{field}", value)]
+    command = [sys.executable, "-m", stage, "--config", f"configs/own/{stage}.yaml", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((out / "summary.json").read_text())
+
+
+def test_a_mixture_of_alpaca_and_gsm8k(tiny: Path, tmp_path: Path) -> None:
+    mixture = tmp_path / "mix.yaml"
+    mixture.write_text(
+        f"- {{path: {real('alpaca_en_1k.json')}}}\n"
+        f"- {{path: {real('gsm8k_train.jsonl')}, weight: 0.1}}\n"
+    )
+    figures = run_stage("sft", tiny, tmp_path / "sft", mixture, max_lost_share=0.5)
+    assert 0 < figures["eval_loss"] < 20
+
+
+def test_lora_leaves_a_plain_model_that_the_next_stage_takes(tiny: Path, tmp_path: Path) -> None:
+    """Broken by leaving the merge out: other names then, and no config.json."""
+    run_stage("sft", tiny, tmp_path / "sft", real("gsm8k_train.jsonl"), lora_r=4, learning_rate=0.1)
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "sft", tiny))
+    assert ours.keys() == theirs.keys()
+    assert any(not ours[name].equal(theirs[name]) for name in ours)
+    figures = run_stage(
+        "reward",
+        tmp_path / "sft",
+        tmp_path / "reward",
+        real("preferences_en_300.json"),
+        max_lost_share=1,
+        validation_fraction=0.3,
+    )
+    assert figures["pairs_given"] > 0 and isinstance(figures["go"], bool)
+
+
+def test_dialogues_in_one_string_and_scored_answers(tiny: Path, tmp_path: Path) -> None:
+    """Two kinds of preferences mixed: 60 pairs in gzip, and 20 prompts with three answers each."""
+    said = "\n\nHuman: What is {}?\n\nAssistant: A number.\n\nHuman: Sure?\n\nAssistant: {}"
+    lines = [
+        {side: said.format(n, a) for side, a in (("chosen", "Yes."), ("rejected", "Maybe not."))}
+        for n in range(60)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "hh.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    ranked = [
+        {"prompt": f"And {n}?", "answers": ["one", "two", "three"], "scores": [1, 3, 2]}
+        for n in range(20)
+    ]
+    (tmp_path / "ranked.json").write_text(json.dumps(ranked))
+    mixture = tmp_path / "mix.yaml"
+    mixture.write_text(f"- path: {tmp_path}/hh.jsonl.gz\n- path: {tmp_path}/ranked.json\n")
+    figures = run_stage(
+        "reward", tiny, tmp_path / "reward", mixture, validation_fraction=0.2, max_length=256
+    )
+    # 16 of 80 prompts are held out; the others' pairs are one or three each
+    assert figures["pairs_hh"] + figures["pairs_ranked"] / 3 == 16
+    assert figures["pairs"] == 60 - figures["pairs_hh"] + 60 - figures["pairs_ranked"]
+    assert {"accuracy_hh", "accuracy_ranked", "spam_thanks"} <= figures.keys()
+    report = (tmp_path / "reward" / "report.md").read_text()
+    assert "| hh |" in report and (tmp_path / "reward" / "reliability.svg").exists()
