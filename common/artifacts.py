@@ -39,6 +39,9 @@ class StageOutput:
         sources: hashes of what the run reads, e.g. {"parent": ..., "data": ...}.
         overwrite: delete what another configuration left there.
 
+    A run that stopped before its first checkpoint, say at a row that cannot be read, is in nobody's
+    way: the next one replaces it.
+
     Raises:
         UserError: the directory holds a run of another configuration, parent or data.
     """
@@ -53,7 +56,7 @@ class StageOutput:
         old = read_json(self.path / "manifest.json")
         if old is not None:
             changed = _first_difference(old, self.manifest)
-            if changed and not overwrite:
+            if changed and not overwrite and self._holds_work():
                 raise UserError(
                     f"{self.path} holds a run with {changed}: "
                     "give another --output_dir, or --overwrite true to replace it"
@@ -62,6 +65,9 @@ class StageOutput:
                 shutil.rmtree(self.path)
                 old = None
         self.finished = old is not None and (self.path / "summary.json").exists()
+
+    def _holds_work(self) -> bool:
+        return (self.path / "summary.json").exists() or any(self.checkpoints.glob("*"))
 
     @property
     def checkpoints(self) -> Path:

@@ -38,6 +38,17 @@ def test_same_run_goes_on_and_another_is_refused(tmp_path: Path) -> None:
     assert not (output.checkpoints / "x").exists()
 
 
+def test_a_run_without_a_checkpoint_is_replaced(tmp_path: Path) -> None:
+    """A data fault was mended, the data is another: no need of --overwrite. Broken by refusing
+    every change."""
+    (start(tmp_path / "reward").path / "rankings.jsonl").write_text("of the other data")
+    output = start(tmp_path / "reward", parent="def")
+    assert not (output.path / "rankings.jsonl").exists()
+    write_json(output.path / "summary.json", {})
+    with pytest.raises(UserError, match="another parent"):
+        start(tmp_path / "reward")
+
+
 def test_finished_is_a_summary(tmp_path: Path) -> None:
     output = start(tmp_path)
     write_json(output.path / "summary.json", {})
