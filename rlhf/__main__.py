@@ -8,6 +8,7 @@ to see what a perfect reward would do.
 """
 
 import statistics
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,7 @@ from common.stage import (
 )
 from common.tokenizer import load_tokenizer
 from rlhf.config import PPOConfig
+from rlhf.invariants import BrokenInvariant
 from rlhf.trainer import PPOTrainer
 
 # Before and after are compared by these, so their names are short.
@@ -176,4 +178,7 @@ def write_samples(
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        run(main)
+    except BrokenInvariant as error:
+        sys.exit(f"error: {error}")  # one line from the process that saw it, exit code 1

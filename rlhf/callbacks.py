@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from common.errors import UserError
+from rlhf.invariants import check_processes_agree, check_unchanged, checksums
 
 
 class UpdateBoundary(TrainerCallback):
@@ -42,3 +44,35 @@ class UpdateBoundary(TrainerCallback):
             setattr(control, name, at_end and name in self.pending)
         if at_end:
             self.pending.clear()
+
+
+class WeightGuard(TrainerCallback):
+    """After every update: the reference is as it was, and all processes have the same weights."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.frozen: dict[str, Tensor] = {}
+
+    def reference_sums(self) -> dict[str, Tensor]:
+        """Of the reference model; with adapters, of the policy's weights that don't train."""
+        if self.trainer.ref_model is None or self.trainer.args.sync_ref_model:
+            return checksums(self.trainer.model, trainable=False)
+        return checksums(self.trainer.ref_model)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember the reference."""
+        self.frozen = self.reference_sums()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check at the end of an update, before anything is saved."""
+        steps = self.trainer.args.steps_per_update
+        if state.global_step % steps == 0:
+            accelerator = self.trainer.accelerator
+            where = f"end of update {state.global_step // steps}"
+            check_processes_agree(accelerator, checksums(self.trainer.model), where)
+            where += f", process {accelerator.process_index}"
+            check_unchanged(self.frozen, self.reference_sums(), where)

@@ -4,6 +4,7 @@ TRL decodes completions and tokenizes them again for the reward model; EOS is lo
 the model reads another last token than the one it learned to judge. Here it gets the very tokens.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from transformers import (
 )
 
 from common.errors import UserError
+
+RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]]
 
 
 def load_reward_model(path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -99,3 +102,18 @@ class TokenScorer:
         last = torch.tensor([len(row) - 1 for row in rows], device=padded.device)
         states = hidden[torch.arange(len(rows), device=padded.device), last]  # (b, H)
         return self.model.score(states)[:, 0].float()
+
+
+def as_function(
+    func: RewardFunc,
+    tokenizer: PreTrainedTokenizerBase,
+    suffix: list[int],
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """A reward model, or the path to one, as a function on token ids; functions as they are."""
+    if isinstance(func, str):
+        func = load_reward_model(func, tokenizer)
+    if isinstance(func, PreTrainedModel):
+        return TokenScorer(func, tokenizer, suffix, batch_size, device)
+    return func

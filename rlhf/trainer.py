@@ -7,30 +7,16 @@ token, GAE, mini-batches and the clipped losses. One pass over an update:
     prompts -> completions -> scores, log-probs, values -> advantages -> mini-batches -> losses
 """
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file
+from datasets import Dataset
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
-from trl import RLOOTrainer
-from trl.data_utils import is_conversational
-from trl.trainer.utils import use_adapter
 
-from common.errors import UserError
+from rlhf.actor_critic import ActorCriticTrainer
 from rlhf.advantage import (
     gae,
     masked_moments,
@@ -39,28 +25,11 @@ from rlhf.advantage import (
     token_rewards,
     whiten,
 )
-from rlhf.callbacks import UpdateBoundary
-from rlhf.config import PPOConfig
-from rlhf.critic import (
-    attach_critic,
-    build_critic,
-    check_plain_logits,
-    detached_critic,
-    disable_dropout,
-    language_model,
-    plain_policy,
-    to_grid,
-    token_logprobs,
-)
+from rlhf.callbacks import UpdateBoundary, WeightGuard
+from rlhf.invariants import check_same_policy, check_score_position
 from rlhf.loss import policy_loss, policy_stats, value_loss
-from rlhf.prompts import EpochSampler, check_inputs
+from rlhf.prompts import EpochSampler
 from rlhf.rollout import Rollout, join, plan_micro_batches
-from rlhf.score import TokenScorer, load_reward_model, turn_suffix
-
-RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]]
-VALUE_MODEL = "value_model"
-# How far a log-ratio may be from 0 before the first step on a rollout; float32 on a CPU gives 0.
-LOGRATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
 @dataclass
@@ -72,115 +41,21 @@ class MicroBatch:
     is_fresh: bool  # no optimizer step taken on this rollout yet
 
 
-class PPOTrainer(RLOOTrainer):
+class PPOTrainer(ActorCriticTrainer):
     """PPO: `RLOOTrainer`'s arguments, a `PPOConfig`, and a reward model scored on token ids."""
 
-    loss_is_scaled_for_ga = True  # we divide by the tokens of the whole optimizer step
     _tag_names = ["ppo"]
     _name = "PPO"
     _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
-    # transformers types these as optional or as one of many
-    model: Any
-    args: Any
-    accelerator: Any
-    optimizer: Any
-    _logs: Any
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel | PeftModel,
-        reward_funcs: RewardFunc | list[RewardFunc],
-        args: PPOConfig | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
-        peft_config: PeftConfig | None = None,
-    ):
-        args = PPOConfig() if args is None else args
-        path = str(model if isinstance(model, str) else model.config.name_or_path)
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(path)
-        first_row = check_inputs(path, args, train_dataset, tokenizer)
-        funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        suffix = turn_suffix(tokenizer) if is_conversational(first_row) else []
-        scorers: list[Any] = [self._as_function(f, tokenizer, suffix, args) for f in funcs]
-        super().__init__(
-            model=model,
-            reward_funcs=scorers,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-        )
-        if tokenizer.pad_token_id in self.eos_token_ids:
-            raise UserError(f"pad token {tokenizer.pad_token!r} ends completions in {path}")
-        reward_models = [f.model for f in scorers if isinstance(f, TokenScorer)]
-        self._add_critic(reward_models[0] if reward_models else None)
-        self.add_callback(UpdateBoundary(args.steps_per_update))
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.add_callback(UpdateBoundary(self.args.steps_per_update))
+        self.add_callback(WeightGuard(self))
         self._rollout: Any = None  # a Rollout from the first update on
         self._micro_batches: list[MicroBatch] = []
-        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
-
-    @staticmethod
-    def _as_function(
-        func: RewardFunc, tokenizer: PreTrainedTokenizerBase, suffix: list[int], args: PPOConfig
-    ) -> Any:
-        """A reward model, or the path to one, as a function on token ids; functions as they are."""
-        if isinstance(func, str):
-            func = load_reward_model(func, tokenizer)
-        if isinstance(func, PreTrainedModel):
-            batch_size = args.per_device_train_batch_size
-            return TokenScorer(func, tokenizer, suffix, batch_size, args.device)
-        return func
-
-    def _add_critic(self, reward_model: PreTrainedModel | None) -> None:
-        """Build the critic and hang it on the policy, which from here on gives values too."""
-        disable_dropout(self.model)
-        if self.ref_model is not None:
-            disable_dropout(self.ref_model)
-        check_plain_logits(self.model)
-        args = self.args
-        critic = build_critic(
-            self.model, reward_model, args.critic_head, args.score_mean, args.score_std
-        )
-        attach_critic(self.model, critic.to(args.device), self.temperature)
-
-    def _send_telemetry(self) -> None:
-        """Nothing is sent anywhere."""
-
-    # Optimizer
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build Trainer's optimizer, with the critic's parameters in groups of their own."""
-        if self.optimizer is not None:
-            return self.optimizer
-        optimizer = super().create_optimizer(model)
-        named = (self.model if model is None else model).named_parameters()
-        critic = {id(p) for name, p in named if _is_critic(name)}
-        lr = self.args.critic_learning_rate or self.args.learning_rate
-        for group in list(optimizer.param_groups):
-            theirs = [p for p in group["params"] if id(p) in critic]
-            group["params"] = [p for p in group["params"] if id(p) not in critic]
-            if theirs:
-                optimizer.add_param_group({**group, "params": theirs, "lr": lr})
-        return optimizer
-
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Clip policy and critic apart, so that neither's gradient shrinks the other's."""
-        self.accelerator.unscale_gradients()
-        norms = {}
-        for which in ("policy", "critic"):
-            parameters = [
-                p for name, p in model.named_parameters() if _is_critic(name) == (which == "critic")
-            ]
-            norm = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
-            norms[which] = norm
-            self._metrics["train"][f"{which}_grad_norm"].append(norm.item())
-        return norms["policy"]
+        device = self.args.device
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
 
     # Rollout
 
@@ -242,7 +117,11 @@ class PPOTrainer(RLOOTrainer):
         columns = [{**x, "prompt_ids": ids} for x, ids in zip(inputs, prompt_ids, strict=True)]
         rewards = self._calculate_rewards(columns, prompts, completions, completion_ids)
         finished = [ids[-1] in self.eos_token_ids for ids in completion_ids]
-        self._reward(rollout, rewards, torch.tensor(finished, device=rewards.device))
+        finished_rows = torch.tensor(finished, device=rewards.device)
+        scores = self._reward(rollout, rewards, finished_rows)
+        check_score_position(
+            rollout, completion_ids, scores, rollout.advantages, self.beta, self._where()
+        )
         self._log_samples(prompts, completions, rewards)
         return rollout, plan
 
@@ -263,21 +142,12 @@ class PPOTrainer(RLOOTrainer):
             strict=True,
         ):
             rollout.fill(name, rows, grid)
+        if self.state.global_step == 0 and self.model.training:
+            mask = part.completion_mask
+            self._check_same_policy(logprobs, ref_logprobs, mask, "policy and reference")
 
-    def _reference(self, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Tensor:
-        """Log-probabilities of the frozen reference; with PEFT, the policy without its adapter."""
-        where = input_ids, prompt_lengths, mask
-        if self.ref_model is not None:
-            model = self.accelerator.unwrap_model(self.ref_model)
-            return to_grid(token_logprobs(model, *where, self.temperature)[0], mask)
-        policy = self.accelerator.unwrap_model(self.model)
-        with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
-            return to_grid(
-                token_logprobs(language_model(policy), *where, self.temperature)[0], mask
-            )
-
-    def _reward(self, rollout: Rollout, rewards_per_func: Tensor, finished: Tensor) -> None:
-        """Turn scores into per-token rewards, and log both.
+    def _reward(self, rollout: Rollout, rewards_per_func: Tensor, finished: Tensor) -> Tensor:
+        """Turn scores into per-token rewards, log both, return the scores as rewarded, (B,).
 
         A completion no function could score (all None) is left out of the loss. Rewards land in
         `advantages` until `_estimate_advantages` replaces them.
@@ -298,6 +168,7 @@ class PPOTrainer(RLOOTrainer):
         )
         self._log_rollout(rollout, finished)
         self._log_scores(rewards_per_func, weighted[scorable])
+        return scores
 
     def _estimate_advantages(self, rollout: Rollout) -> None:
         """Rewards to advantages and returns; whitened over the tokens of all processes."""
@@ -336,7 +207,9 @@ class PPOTrainer(RLOOTrainer):
             completion_mask=part.completion_mask,
         )
         if inputs.is_fresh:
-            self._check_fresh(logprobs, part)
+            self._check_same_policy(
+                logprobs, part.logprobs, part.completion_mask, "rollout and first mini-batch"
+            )
         clip = self.epsilon_low, self.epsilon_high
         pg = policy_loss(logprobs, part.logprobs, part.advantages, *clip)
         vf = value_loss(values, part.values, part.returns, args.clip_range_value)
@@ -347,19 +220,19 @@ class PPOTrainer(RLOOTrainer):
         loss = ((pg + args.vf_coef * vf) * mask).sum() / inputs.step_tokens
         return loss * self.accelerator.num_processes  # DDP takes the mean over processes
 
-    def _check_fresh(self, logprobs: Tensor, part: Rollout) -> None:
-        """Before the first step on a rollout, policy and rollout must agree: ratio 1, clip 0."""
-        gap = (logprobs.detach() - part.logprobs).abs().max().item()
+    def _check_same_policy(
+        self, logprobs: Tensor, others: Tensor, mask: Tensor, which: str
+    ) -> None:
+        """Stop unless two log-probabilities come from one policy."""
         mode = self.accelerator.mixed_precision
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mode, self.model.dtype)
-        if not gap <= LOGRATIO_TOLERANCE[dtype]:
-            update = self.state.global_step // self.args.steps_per_update + 1
-            raise RuntimeError(
-                f"log-ratio {gap:.2e} instead of 0 at the first mini-batch of update {update} "
-                f"(process {self.accelerator.process_index}, micro-batch of {len(logprobs)}): the "
-                "policy differs between rollout and update (dropout, temperature, precision or "
-                "weights)"
-            )
+        clip = self.epsilon_low, self.epsilon_high
+        check_same_policy(logprobs.detach(), others, mask, clip, dtype, which, self._where())
+
+    def _where(self) -> str:
+        """Place in the run, for messages."""
+        update = self.state.global_step // self.args.steps_per_update + 1
+        return f"update {update}, process {self.accelerator.process_index}"
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
@@ -411,54 +284,3 @@ class PPOTrainer(RLOOTrainer):
         metrics["score_std"].append(scores.std(correction=0).item())
         for name, column in zip(self.reward_func_names, rewards_per_func.T, strict=True):
             metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
-
-    def _log_samples(self, prompts: list, completions: list, rewards_per_func: Tensor) -> None:
-        """Keep samples for TRL's table, and what reward functions logged themselves."""
-        mode = "train" if self.model.training else "eval"
-        prompts, completions = gather_object(prompts), gather_object(completions)
-        self._logs["prompt"].extend(prompts)
-        self._logs["completion"].extend(completions)
-        for name, column in zip(self.reward_func_names, rewards_per_func.T, strict=True):
-            self._logs["rewards"][name].extend(column.tolist())
-        self._logs["advantages"].extend([math.nan] * len(prompts))  # the table's column; ours: (T,)
-        for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
-            self._logs["extra"][column].extend(gather_object(self._pending_extra_logs[column]))
-        for name in sorted(set(gather_object(list(self._pending_metrics)))):
-            values = gather_object(self._pending_metrics[name])
-            self._metrics[mode][name].append(sum(values) / len(values))
-        self._pending_extra_logs.clear()
-        self._pending_metrics.clear()
-
-    # Checkpoints: the policy is saved clean, the critic beside the optimizer, as training state
-
-    def policy_model(self) -> PreTrainedModel:
-        """A copy of the trained policy alone: no critic, its own forward, adapters merged in."""
-        return plain_policy(self.accelerator.unwrap_model(self.model))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if state_dict is not None:
-            state_dict = {k: v for k, v in state_dict.items() if not _is_critic(k)}
-        with detached_critic(self.model):
-            super()._save(output_dir, state_dict)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        with detached_critic(self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            self.model.critic.model.save_pretrained(Path(output_dir) / VALUE_MODEL)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            state = load_file(Path(checkpoint) / VALUE_MODEL / "model.safetensors")
-            self.model.critic.model.load_state_dict(state)
-
-
-def _is_critic(parameter_name: str) -> bool:
-    """Whether a parameter is the critic's, under any wrapper (`module.critic.model...`)."""
-    return "critic" in parameter_name.split(".")[:3]

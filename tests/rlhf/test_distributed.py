@@ -26,7 +26,7 @@ def test_two_processes_equal_one(policy_path: str, reward_path: str, tmp_path: P
     """Same step on the same samples; identical parameters on both after sampling for themselves.
 
     Broken once: tokens of the step counted on one process only; advantages whitened per process;
-    loss not scaled by the number of processes.
+    loss not scaled by the number of processes; checksums not gathered (then no breach is seen).
     """
     from two_processes import main
 

@@ -2,7 +2,8 @@
 
 Usage: [torchrun --nproc_per_node 2] two_processes.py POLICY REWARD OUT. Completions depend on the
 prompt alone, so both ways see the same 16 samples; one mini-batch and plain SGD make the step the
-gradient itself. Then two updates that sample, after which all processes must agree.
+gradient itself. Then two updates that sample, after which all processes must agree; and one whose
+weights are moved must be told.
 """
 
 import os
@@ -10,11 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from conftest import prompts
 
+from rlhf.callbacks import WeightGuard
 from rlhf.config import PPOConfig
+from rlhf.invariants import BrokenInvariant
 from rlhf.trainer import PPOTrainer
 
 
@@ -61,6 +65,12 @@ def main() -> None:
         everyone = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, flat)
         assert all(torch.equal(flat, other) for other in everyone), "processes disagree"
+        if dist.get_rank() == 1:
+            with torch.no_grad():
+                sampled.model.model.norm.weight[0] += 1e-6
+        told = r"different weights in model.norm.weight, at end of update 2"
+        with pytest.raises(BrokenInvariant, match=told):
+            WeightGuard(sampled).on_step_end(sampled.args, sampled.state, sampled.control)
     if fixed.accelerator.is_main_process:
         line = next(line for line in fixed.state.log_history if "score" in line)
         state = {n: p.detach() for n, p in fixed.model.named_parameters()}

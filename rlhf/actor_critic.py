@@ -1,0 +1,202 @@
+"""TRL's `RLOOTrainer` with a critic on its policy: set-up, one optimizer for both, checkpoints.
+
+What PPO does with the two is in `rlhf.trainer`.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from trl import RLOOTrainer
+from trl.data_utils import is_conversational
+from trl.trainer.utils import use_adapter
+
+from common.errors import UserError
+from rlhf.config import PPOConfig
+from rlhf.critic import (
+    attach_critic,
+    build_critic,
+    check_plain_logits,
+    detached_critic,
+    disable_dropout,
+    language_model,
+    plain_policy,
+    to_grid,
+    token_logprobs,
+)
+from rlhf.prompts import check_inputs
+from rlhf.score import RewardFunc, TokenScorer, as_function, turn_suffix
+
+VALUE_MODEL = "value_model"
+
+
+class ActorCriticTrainer(RLOOTrainer):
+    """A policy, its critic and its frozen reference, with `RLOOTrainer`'s arguments."""
+
+    loss_is_scaled_for_ga = True  # we divide by the tokens of the whole optimizer step
+    # transformers types these as optional or as one of many
+    model: Any
+    args: Any
+    accelerator: Any
+    optimizer: Any
+    _logs: Any
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: RewardFunc | list[RewardFunc],
+        args: PPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ):
+        args = PPOConfig() if args is None else args
+        path = str(model if isinstance(model, str) else model.config.name_or_path)
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(path)
+        first_row = check_inputs(path, args, train_dataset, tokenizer)
+        funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        suffix = turn_suffix(tokenizer) if is_conversational(first_row) else []
+        batch_size = args.per_device_train_batch_size
+        scorers: list[Any] = [
+            as_function(func, tokenizer, suffix, batch_size, args.device) for func in funcs
+        ]
+        super().__init__(
+            model=model,
+            reward_funcs=scorers,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        if tokenizer.pad_token_id in self.eos_token_ids:
+            raise UserError(f"pad token {tokenizer.pad_token!r} ends completions in {path}")
+        reward_models = [f.model for f in scorers if isinstance(f, TokenScorer)]
+        self._add_critic(reward_models[0] if reward_models else None)
+
+    def _add_critic(self, reward_model: PreTrainedModel | None) -> None:
+        """Build the critic and hang it on the policy, which from here on gives values too."""
+        disable_dropout(self.model)
+        if self.ref_model is not None:
+            disable_dropout(self.ref_model)
+        check_plain_logits(self.model)
+        args = self.args
+        critic = build_critic(
+            self.model, reward_model, args.critic_head, args.score_mean, args.score_std
+        )
+        attach_critic(self.model, critic.to(args.device), self.temperature)
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent anywhere."""
+
+    # Optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build Trainer's optimizer, with the critic's parameters in groups of their own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        named = (self.model if model is None else model).named_parameters()
+        critic = {id(p) for name, p in named if _is_critic(name)}
+        lr = self.args.critic_learning_rate or self.args.learning_rate
+        for group in list(optimizer.param_groups):
+            theirs = [p for p in group["params"] if id(p) in critic]
+            group["params"] = [p for p in group["params"] if id(p) not in critic]
+            if theirs:
+                optimizer.add_param_group({**group, "params": theirs, "lr": lr})
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip policy and critic apart, so that neither's gradient shrinks the other's."""
+        self.accelerator.unscale_gradients()
+        norms = {}
+        for which in ("policy", "critic"):
+            parameters = [
+                p for name, p in model.named_parameters() if _is_critic(name) == (which == "critic")
+            ]
+            norm = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+            norms[which] = norm
+            self._metrics["train"][f"{which}_grad_norm"].append(norm.item())
+        return norms["policy"]
+
+    def _reference(self, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Tensor:
+        """Log-probabilities of the frozen reference; with PEFT, the policy without its adapter."""
+        where = input_ids, prompt_lengths, mask
+        if self.ref_model is not None:
+            model = self.accelerator.unwrap_model(self.ref_model)
+            return to_grid(token_logprobs(model, *where, self.temperature)[0], mask)
+        policy = self.accelerator.unwrap_model(self.model)
+        with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
+            return to_grid(
+                token_logprobs(language_model(policy), *where, self.temperature)[0], mask
+            )
+
+    # What TRL prints and saves
+
+    def _log_samples(self, prompts: list, completions: list, rewards_per_func: Tensor) -> None:
+        """Keep samples for TRL's table, and what reward functions logged themselves."""
+        mode = "train" if self.model.training else "eval"
+        prompts, completions = gather_object(prompts), gather_object(completions)
+        self._logs["prompt"].extend(prompts)
+        self._logs["completion"].extend(completions)
+        for name, column in zip(self.reward_func_names, rewards_per_func.T, strict=True):
+            self._logs["rewards"][name].extend(column.tolist())
+        self._logs["advantages"].extend([math.nan] * len(prompts))  # the table's column; ours: (T,)
+        for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
+            self._logs["extra"][column].extend(gather_object(self._pending_extra_logs[column]))
+        for name in sorted(set(gather_object(list(self._pending_metrics)))):
+            values = gather_object(self._pending_metrics[name])
+            self._metrics[mode][name].append(sum(values) / len(values))
+        self._pending_extra_logs.clear()
+        self._pending_metrics.clear()
+
+    # Checkpoints: the policy is saved clean, the critic beside the optimizer, as training state
+
+    def policy_model(self) -> PreTrainedModel:
+        """A copy of the trained policy alone: no critic, its own forward, adapters merged in."""
+        return plain_policy(self.accelerator.unwrap_model(self.model))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if state_dict is not None:
+            state_dict = {k: v for k, v in state_dict.items() if not _is_critic(k)}
+        with detached_critic(self.model):
+            super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        with detached_critic(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.model.critic.model.save_pretrained(Path(output_dir) / VALUE_MODEL)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            state = load_file(Path(checkpoint) / VALUE_MODEL / "model.safetensors")
+            self.model.critic.model.load_state_dict(state)
+
+
+def _is_critic(parameter_name: str) -> bool:
+    """Whether a parameter is the critic's, under any wrapper (`module.critic.model...`)."""
+    return "critic" in parameter_name.split(".")[:3]
