@@ -84,16 +84,19 @@ def sequence_logprobs(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_reaches_the_exact_optimum(build: Build, small_policy: str) -> None:
-    """pi* = pi_ref exp(score / beta) / Z, summed over all completions.
+    """pi* = pi_ref exp(score / beta) / Z, summed over all completions; both KLs from it under 0.01.
 
-    Broken once: penalty added twice; penalty only on the last token; lambda applied to the score.
+    512 samples an update, the learning rate falling to 0. With 256 samples and 90 updates 0.012 and
+    0.015 are left (two seeds); with these, 0.0007 to 0.0022 (four).
+
+    Broken once: penalty added twice; penalty only on the last token; score discounted.
     """
     beta = 0.5
     trainer = build(
         small_policy,
         reward_funcs=table_score,
-        dataset=same_prompt(256),
-        per_device_train_batch_size=128,
+        dataset=same_prompt(512),
+        per_device_train_batch_size=256,
         gradient_accumulation_steps=1,
         num_mini_batches=2,
         max_completion_length=2,
@@ -102,7 +105,7 @@ def test_reaches_the_exact_optimum(build: Build, small_policy: str) -> None:
         gae_lambda=1.0,
         learning_rate=1e-2,
         lr_scheduler_type="linear",
-        num_updates=90,
+        num_updates=120,
         logging_strategy="no",
     )
     reference = sequence_logprobs(AutoModelForCausalLM.from_pretrained(small_policy))
@@ -110,11 +113,11 @@ def test_reaches_the_exact_optimum(build: Build, small_policy: str) -> None:
     scores = torch.tensor([SCORES[c] for c in COMPLETIONS])
     optimum = (reference + scores / beta).log_softmax(0)
 
-    def gap(logprobs: torch.Tensor) -> float:
-        return float((logprobs.exp() * (logprobs - optimum)).sum())
+    def kl(p: torch.Tensor, q: torch.Tensor) -> float:
+        return float((p.exp() * (p - q)).sum())
 
     trainer.train()
-    start, end = gap(reference), gap(sequence_logprobs(trainer.model.eval()))
-    print(f"KL to the optimum {start:.3f} -> {end:.4f}")
-    assert start > 0.5
-    assert end < 0.02
+    trained = sequence_logprobs(trainer.model.eval())
+    assert kl(reference, optimum) > 0.5
+    assert kl(trained, optimum) < 0.01
+    assert kl(optimum, trained) < 0.01  # large where a good completion is never sampled
