@@ -167,7 +167,8 @@ class PPOTrainer(ActorCriticTrainer):
             scores, rollout.logprobs, rollout.ref_logprobs, rollout.completion_mask, self.beta
         )
         self._log_rollout(rollout, finished)
-        self._log_scores(rewards_per_func, weighted[scorable])
+        lengths = self.accelerator.gather(rollout.completion_mask.sum(1)).float()
+        self._log_scores(rewards_per_func, weighted[scorable], lengths[scorable])
         return scores
 
     def _estimate_advantages(self, rollout: Rollout) -> None:
@@ -277,10 +278,16 @@ class PPOTrainer(ActorCriticTrainer):
                 metrics[name].append(total / count)
         metrics["entropy"].append(sums[4] / max(sums[5], 1))
 
-    def _log_scores(self, rewards_per_func: Tensor, scores: Tensor) -> None:
-        """Raw scores, before normalisation and penalties: weighted sum and each function's mean."""
+    def _log_scores(self, rewards_per_func: Tensor, scores: Tensor, lengths: Tensor) -> None:
+        """Raw scores, before normalisation and penalties: weighted sum and each function's mean.
+
+        `score_length_correlation` near 1 tells of a reward that pays for tokens; 0 if either is
+        constant.
+        """
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["score"].append(scores.mean().item())
         metrics["score_std"].append(scores.std(correction=0).item())
+        correlation = torch.stack([scores, lengths]).corrcoef()[0, 1].nan_to_num()
+        metrics["score_length_correlation"].append(correlation.item())
         for name, column in zip(self.reward_func_names, rewards_per_func.T, strict=True):
             metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
