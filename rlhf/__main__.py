@@ -3,15 +3,19 @@
     make rlhf
     accelerate launch -m rlhf --config configs/arden/rlhf.yaml --beta 0.1
 
-The reward is a reward model's directory; on Arden `--reward judge` takes the known truth instead,
-to see what a perfect reward would do.
+The reward is a reward model's directory, a Python function (`my_rewards.py:brevity`), or several of
+them with `reward_weights` (rlhf/rewards.py). On Arden `--reward judge` takes the known truth
+instead, to see what a perfect reward would do.
 """
 
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -22,10 +26,11 @@ from transformers import (
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.arden.task import ArdenTask
 from common.artifacts import MetricsFile, require_go, require_parent, require_same_tokenizer
+from common.batches import Chat
 from common.config import parse_config, run
 from common.errors import UserError
 from common.generation import generate_answers
-from common.scoring import answer_logprobs, score_chats
+from common.scoring import answer_logprobs
 from common.stage import (
     TRAINER_DEFAULTS,
     DataConfig,
@@ -38,6 +43,7 @@ from common.stage import (
 from common.tokenizer import load_tokenizer
 from rlhf.config import PPOConfig
 from rlhf.invariants import BrokenInvariant
+from rlhf.rewards import is_function, load_function, score_answers
 from rlhf.trainer import PPOTrainer
 
 # Before and after are compared by these, so their names are short.
@@ -51,8 +57,15 @@ SHORT_NAMES = {
 class AlignConfig(DataConfig):
     """What the policy is rewarded for, and on which prompts."""
 
-    reward: str = field(
-        default="", metadata={"help": "a reward model's directory, or judge (Arden's known truth)"}
+    reward: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "a reward model's directory, module:function, file.py:function, or judge "
+            "(Arden's known truth); several make a sum with reward_weights"
+        },
+    )
+    lora_rank: int = field(
+        default=0, metadata={"help": "train an adapter of this rank on the policy; 0: all weights"}
     )
     prompts: int = field(default=2000, metadata={"help": "questions to train on"})
     allow_no_go: bool = field(
@@ -62,48 +75,56 @@ class AlignConfig(DataConfig):
         default=400, metadata={"help": "questions to measure score and KL on"}
     )
 
+    def __post_init__(self) -> None:
+        """One reward may stand without brackets in the YAML."""
+        self.reward = [self.reward] if isinstance(self.reward, str) else self.reward
+        if not self.reward:
+            raise UserError("reward is empty: a reward model's directory or a Python function")
+
 
 def main() -> None:
     """Align the fine-tuned model, measure before and after, leave the artifacts."""
     config, args = parse_config(AlignConfig, PPOConfig, defaults=TRAINER_DEFAULTS)
     config.max_new_tokens = args.max_completion_length  # measure as it was trained
-    judged = config.reward == "judge"
-    stage = open_stage(config, args, **({} if judged else {"reward": config.reward}))
+    folders = [r for r in config.reward if r != "judge" and not is_function(r)]
+    sources = {f"reward_{i}" if i else "reward": name for i, name in enumerate(folders)}
+    stage = open_stage(config, args, **sources)
     if stage.output.finished:
         print(f"{stage.output.path} is finished; --overwrite true to train it anew")
         return
-    reward: Any = config.reward
-    if judged:
-        if not isinstance(stage.task, ArdenTask):
-            raise UserError(f"reward (judge) knows the truth of arden alone: not of {config.data}")
-        reward = stage.task.gold_reward
     tokenizer = load_tokenizer(stage.parent)
-    reward_model = None
-    if not judged:
-        path = require_parent(config.reward, config.parent_command)
-        require_go(path, config.allow_no_go)
-        require_same_tokenizer(stage.parent, path)
-        reward_model = AutoModelForSequenceClassification.from_pretrained(path)
+    rewards = [load_reward(name, stage, config) for name in config.reward]
+    weights = args.reward_weights or [1.0] * len(rewards)
+    if len(weights) != len(rewards):
+        raise UserError(f"reward_weights ({weights}) must be one for each of {config.reward}")
     with args.main_process_first():
         if args.process_index == 0:
             stage.output.start()
     policy = AutoModelForCausalLM.from_pretrained(stage.parent)
-    before = measure(policy, policy, reward_model, tokenizer, stage, config)
-    if reward_model is not None:
-        args.score_mean, args.score_std = before.pop("score_mean"), before.pop("score_std")
+
+    def score(chats: list[Chat]) -> list[float]:
+        return score_answers(rewards, weights, tokenizer, chats)
+
+    before = measure(policy, policy, score, tokenizer, stage, config)
+    mean, std = before.pop("score_mean"), before.pop("score_std")
+    if folders and std > 0:  # a function's scale is its author's
+        args.score_mean, args.score_std = mean, std
+    evaluates = args.eval_strategy != "no"
     trainer = PPOTrainer(
         model=str(stage.parent),
-        reward_funcs=reward,
+        reward_funcs=list(rewards),
         args=args,
         train_dataset=stage.task.prompt_rows("align", config.prompts),
+        eval_dataset=stage.task.prompt_rows("dev", config.eval_prompts) if evaluates else None,
         processing_class=tokenizer,
+        peft_config=lora(config.lora_rank),
         callbacks=[MetricsFile(stage.output.path / "metrics.jsonl")],
     )
     seconds = train_or_resume(trainer, stage.output.checkpoints)
     if not trainer.is_world_process_zero():
         return
     model = trainer.policy_model()
-    after = measure(model, policy, reward_model, tokenizer, stage, config)
+    after = measure(model, policy, score, tokenizer, stage, config)
     summary = {
         f"{name}_{when}": value
         for name in before
@@ -115,10 +136,31 @@ def main() -> None:
     print_figures("rlhf", summary)
 
 
+def load_reward(name: str, stage: Stage, config: AlignConfig) -> Any:
+    """A reward model, on the policy's tokenizer, or a function."""
+    if name == "judge":
+        if not isinstance(stage.task, ArdenTask):
+            raise UserError(f"reward (judge) knows the truth of arden alone: not of {config.data}")
+        return stage.task.gold_reward
+    if is_function(name):
+        return load_function(name)
+    path = require_parent(name, config.parent_command)
+    require_go(path, config.allow_no_go)
+    require_same_tokenizer(stage.parent, path)
+    return AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+
+
+def lora(rank: int) -> LoraConfig | None:
+    """Adapters on all of the policy's linear layers, scaled by 2; none at rank 0."""
+    if rank == 0:
+        return None
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+
+
 def measure(
     model: PreTrainedModel,
     reference: PreTrainedModel,
-    reward_model: PreTrainedModel | None,
+    score: Callable[[list[Chat]], list[float]],
     tokenizer: PreTrainedTokenizerFast,
     stage: Stage,
     config: AlignConfig,
@@ -154,10 +196,9 @@ def measure(
         strict=True,
     )
     figures["kl"] = statistics.fmean(ours - theirs for ours, theirs in ratios)
-    if reward_model is not None:
-        scores = score_chats(reward_model, tokenizer, chats)
-        figures |= {"score": statistics.fmean(scores), "score_mean": statistics.fmean(scores)}
-        figures["score_std"] = statistics.pstdev(scores)
+    scores = score(chats)
+    figures |= {"score": statistics.fmean(scores), "score_mean": statistics.fmean(scores)}
+    figures["score_std"] = statistics.pstdev(scores)
     return figures
 
 

@@ -76,3 +76,25 @@ class WeightGuard(TrainerCallback):
             check_processes_agree(accelerator, checksums(self.trainer.model), where)
             where += f", process {accelerator.process_index}"
             check_unchanged(self.frozen, self.reference_sums(), where)
+
+
+class KLBudget(TrainerCallback):
+    """Ends a run whose policy has gone further from the reference than it may.
+
+    The KL is that of the rollout, so of the policy before the update: one update is taken too many.
+    """
+
+    def __init__(self, trainer: Any, budget: float):
+        self.trainer = trainer
+        self.budget = budget
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop, and say so, at the end of an update over the budget."""
+        kl, steps = self.trainer.rollout_kl, self.trainer.args.steps_per_update
+        if state.global_step % steps == 0 and kl > self.budget:
+            control.should_training_stop = True
+            if state.is_world_process_zero:
+                update = state.global_step // steps
+                print(f"stopped after update {update}: KL {kl:.3g} over kl_budget {self.budget}")

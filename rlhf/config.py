@@ -52,6 +52,10 @@ class PPOConfig(RLOOConfig):
         default=1.0,
         metadata={"help": "Taken off the normalised score of a completion that never ended."},
     )
+    kl_budget: float | None = field(
+        default=None,
+        metadata={"help": "Stop after the update whose rollout has more KL, nats a completion."},
+    )
 
     # Defaults that differ from TRL's
     reward_clip_range: tuple[float, float] | None = field(
@@ -121,6 +125,10 @@ class PPOConfig(RLOOConfig):
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} ({getattr(self, name)}) must be between 0 and 1")
+        if self.kl_budget is not None and self.beta == 0.0:
+            raise UserError(
+                "kl_budget needs a reference: set beta above 0 (1e-9 penalises nothing)"
+            )
         if not self.disable_dropout:
             raise UserError("disable_dropout (False): PPO compares log-probabilities, set it True")
         plain = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}

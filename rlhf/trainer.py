@@ -25,7 +25,7 @@ from rlhf.advantage import (
     token_rewards,
     whiten,
 )
-from rlhf.callbacks import UpdateBoundary, WeightGuard
+from rlhf.callbacks import KLBudget, UpdateBoundary, WeightGuard
 from rlhf.invariants import check_same_policy, check_score_position
 from rlhf.loss import policy_loss, policy_stats, value_loss
 from rlhf.prompts import EpochSampler
@@ -52,6 +52,9 @@ class PPOTrainer(ActorCriticTrainer):
         super().__init__(*arguments, **named)
         self.add_callback(UpdateBoundary(self.args.steps_per_update))
         self.add_callback(WeightGuard(self))
+        if self.args.kl_budget is not None:
+            self.add_callback(KLBudget(self, self.args.kl_budget))
+        self.rollout_kl = 0.0  # of the newest training rollout, nats a completion
         self._rollout: Any = None  # a Rollout from the first update on
         self._micro_batches: list[MicroBatch] = []
         device = self.args.device
@@ -276,6 +279,8 @@ class PPOTrainer(ActorCriticTrainer):
         for name, total in zip(("kl", "reward", "length", "eos_rate"), sums, strict=False):
             if name != "kl" or self.beta != 0.0:  # without a reference there is no KL to tell
                 metrics[name].append(total / count)
+        if self.model.training:
+            self.rollout_kl = sums[0] / count
         metrics["entropy"].append(sums[4] / max(sums[5], 1))
 
     def _log_scores(self, rewards_per_func: Tensor, scores: Tensor, lengths: Tensor) -> None:

@@ -1,0 +1,87 @@
+"""Rewards by their names in a configuration.
+
+    reward: out/arden/reward                     a reward model's directory
+    reward: my_rewards.py:brevity                a function in a file
+    reward: [out/arden/reward, my_package.rewards:brevity]
+    reward_weights: [1.0, 0.1]
+
+A function follows TRL's protocol: `f(prompts, completions, completion_ids, **rest)` gives one
+number a completion, or None where it has nothing to say. A weight of 0 makes a reward a held-out
+measure: logged, never trained on.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from common.batches import Chat, render
+from common.errors import UserError
+from common.scoring import score_chats
+
+Reward = PreTrainedModel | Callable[..., list[float | None]]
+
+
+def is_function(name: str) -> bool:
+    """Whether a reward's name is that of a Python function, `module:function` or a file's."""
+    return name.rpartition(":")[2].isidentifier() and ":" in name
+
+
+def load_function(name: str) -> Callable[..., list[float | None]]:
+    """The function that `module:function` or `path.py:function` names.
+
+    Raises:
+        UserError: no such file or module, no such function in it.
+    """
+    place, _, function = name.rpartition(":")
+    if place.endswith(".py"):
+        if not Path(place).exists():
+            raise UserError(f"reward ({name}): there is no file {place}")
+        spec: Any = importlib.util.spec_from_file_location(Path(place).stem, place)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(spec.name, module)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise UserError(f"reward ({name}): no module {error.name}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        near = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
+        raise UserError(f"reward ({name}): {place} has no function {function}, but {near}")
+    return found
+
+
+def score_answers(
+    rewards: Sequence[Reward],
+    weights: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+    chats: list[Chat],
+) -> list[float]:
+    """The weighted sum of the rewards of each conversation's last message, ended by EOS.
+
+    A function's None counts as 0, as in training.
+    """
+    asked = render(tokenizer, [chat[:-1] for chat in chats], ask=True)
+    whole = render(tokenizer, chats)
+    columns: dict[str, Any] = {
+        "prompts": [chat[:-1] for chat in chats],
+        "completions": [chat[-1:] for chat in chats],
+        "completion_ids": [ids[len(start) :] for ids, start in zip(whole, asked, strict=True)],
+        "trainer_state": None,
+        "log_extra": lambda column, values: None,
+        "log_metric": lambda name, value: None,
+    }
+    totals = [0.0] * len(chats)
+    for reward, weight in zip(rewards, weights, strict=True):
+        if isinstance(reward, PreTrainedModel):
+            scores: Sequence[float | None] = score_chats(reward, tokenizer, chats)
+        else:
+            scores = reward(**columns)
+        totals = [t + weight * (s or 0.0) for t, s in zip(totals, scores, strict=True)]
+    return totals

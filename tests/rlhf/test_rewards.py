@@ -1,0 +1,119 @@
+"""Rewards by name, their weighted sum, and the guards against too much of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_tokenizer, count_w5, prompts
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from common.errors import UserError
+from rlhf.rewards import is_function, load_function, score_answers
+from rlhf.trainer import PPOTrainer
+
+Build = Callable[..., PPOTrainer]
+
+
+def test_names() -> None:
+    """Broken once: every name with a colon taken for a function."""
+    assert is_function("rewards.py:brief") and is_function("package.rewards:brief")
+    assert not is_function("out/arden/reward") and not is_function("out/run:1/reward")
+
+
+def test_function_of_a_file_and_of_a_module(tmp_path: Path) -> None:
+    """Broken once: module found by the file's stem alone."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def brief(completion_ids, **_):\n    return [-len(c) for c in completion_ids]\n"
+    )
+    assert load_function(f"{file}:brief")(completion_ids=[[1, 2], [3]]) == [-2, -1]
+    assert load_function("math:sqrt")(9.0) == 3.0
+    with pytest.raises(UserError, match=r"no function long, but \['brief'\]"):
+        load_function(f"{file}:long")
+    with pytest.raises(UserError, match=r"there is no file nowhere.py"):
+        load_function("nowhere.py:brief")
+    with pytest.raises(UserError, match="no module nowhere"):
+        load_function("nowhere.rewards:brief")
+
+
+def test_weighted_sum_over_model_and_functions(reward_path: str) -> None:
+    """By hand: 0.5 x the model's score + 2 x the count; None is 0. Broken once: weights ignored."""
+    tokenizer = build_tokenizer(16)
+    model = AutoModelForSequenceClassification.from_pretrained(reward_path).eval()
+    chats = [
+        [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5 w5"}],
+        [{"role": "user", "content": "w6"}, {"role": "assistant", "content": "w7"}],
+    ]
+
+    def count(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        assert completion_ids == [[5, 5, 1], [7, 1]]
+        return [float(ids.count(5)) or None for ids in completion_ids]
+
+    totals = score_answers([model, count], [0.5, 2.0], tokenizer, chats)
+    for total, ids, counted in zip(
+        totals, ([2, 4, 3, 5, 5, 1], [2, 6, 3, 7, 1]), (2, 0), strict=True
+    ):
+        with torch.no_grad():
+            score = float(model(input_ids=torch.tensor([ids])).logits[0, 0])
+        assert total == pytest.approx(0.5 * score + 2.0 * counted, abs=1e-5)
+
+
+def test_kl_budget_stops_the_run(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    """A proxy that pays for one token; the run ends once it is too far from the reference.
+
+    Broken once: stop in the middle of an update.
+    """
+    settings: dict[str, Any] = {"num_updates": 12, "learning_rate": 3e-2, "beta": 1e-6}
+    free = build(**settings)
+    free.train()
+    kls = [line["kl"] for line in free.state.log_history if "kl" in line]
+    first = next(i for i, kl in enumerate(kls) if kl > 0.5)
+    assert 0 < first < 10
+    held = build(kl_budget=0.5, **settings)
+    held.train()
+    assert held.state.global_step == 2 * (first + 1)
+    assert f"stopped after update {first + 1}: KL {kls[first]:.3g} over" in capsys.readouterr().out
+    with pytest.raises(UserError, match="kl_budget needs a reference"):
+        build(kl_budget=1.0, beta=0.0)
+
+
+def test_the_checkpoint_kept_is_the_best_by_a_held_out_measure(
+    build: Build, tmp_path: Path
+) -> None:
+    """A second reward of weight 0 is measured, not trained on, and picks the weights.
+
+    The proxy pays for w5; the held-out measure punishes it, so that the first checkpoint is best.
+    Broken once: evaluation not held back to the end of its update.
+    """
+
+    def held_out(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [-ids.count(5) / len(ids) for ids in completion_ids]
+
+    trainer = build(
+        reward_funcs=[count_w5, held_out],
+        reward_weights=[1.0, 0.0],
+        num_updates=6,
+        learning_rate=1e-2,
+        beta=0.0,
+        missing_eos_penalty=0.0,
+        extra={"eval_dataset": prompts(64)},
+        per_device_eval_batch_size=64,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_rewards/held_out/mean",
+        greater_is_better=True,
+    )
+    trainer.train()
+    lines = [x for x in trainer.state.log_history if "eval_rewards/held_out/mean" in x]
+    best = max(lines, key=lambda line: line["eval_rewards/held_out/mean"])
+    assert best["step"] < 12
+    folder = tmp_path / "out" / f"checkpoint-{best['step']}"
+    kept = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, p in trainer.policy_model().state_dict().items():
+        assert torch.equal(p, kept[name]), name
