@@ -1,7 +1,8 @@
-"""Stage 4: prompts + reward model -> aligned assistant, by PPO.
+"""Stage 4: prompts + reward model -> aligned assistant, by PPO, RLOO or GRPO.
 
     make rlhf
     accelerate launch -m rlhf --config configs/arden/rlhf.yaml --beta 0.1
+    accelerate launch -m rlhf --config configs/arden/rlhf.yaml --method grpo
 
 The reward is a reward model's directory, a Python function (`my_rewards.py:brevity`), or several of
 them with `reward_weights` (rlhf/rewards.py). On Arden `--reward judge` takes the known truth
@@ -42,9 +43,10 @@ from common.stage import (
 )
 from common.tokenizer import load_tokenizer
 from rlhf.config import PPOConfig
+from rlhf.critic import plain_policy
 from rlhf.invariants import BrokenInvariant
+from rlhf.methods import METHODS, build_trainer
 from rlhf.rewards import is_function, load_function, score_answers
-from rlhf.trainer import PPOTrainer
 
 # Before and after are compared by these, so their names are short.
 SHORT_NAMES = {
@@ -64,6 +66,7 @@ class AlignConfig(DataConfig):
             "(Arden's known truth); several make a sum with reward_weights"
         },
     )
+    method: str = field(default="ppo", metadata={"help": f"one of {', '.join(METHODS)}"})
     lora_rank: int = field(
         default=0, metadata={"help": "train an adapter of this rank on the policy; 0: all weights"}
     )
@@ -78,6 +81,8 @@ class AlignConfig(DataConfig):
     def __post_init__(self) -> None:
         """One reward may stand without brackets in the YAML."""
         self.reward = [self.reward] if isinstance(self.reward, str) else self.reward
+        if self.method not in METHODS:
+            raise UserError(f"method ({self.method}) must be one of {', '.join(METHODS)}")
         if not self.reward:
             raise UserError("reward is empty: a reward model's directory or a Python function")
 
@@ -110,10 +115,11 @@ def main() -> None:
     if folders and std > 0:  # a function's scale is its author's
         args.score_mean, args.score_std = mean, std
     evaluates = args.eval_strategy != "no"
-    trainer = PPOTrainer(
+    trainer: Any = build_trainer(
+        config.method,
+        rewards,
+        args,
         model=str(stage.parent),
-        reward_funcs=list(rewards),
-        args=args,
         train_dataset=stage.task.prompt_rows("align", config.prompts),
         eval_dataset=stage.task.prompt_rows("dev", config.eval_prompts) if evaluates else None,
         processing_class=tokenizer,
@@ -123,7 +129,7 @@ def main() -> None:
     seconds = train_or_resume(trainer, stage.output.checkpoints)
     if not trainer.is_world_process_zero():
         return
-    model = trainer.policy_model()
+    model = plain_policy(trainer.accelerator.unwrap_model(trainer.model))
     after = measure(model, policy, score, tokenizer, stage, config)
     summary = {
         f"{name}_{when}": value

@@ -50,7 +50,8 @@ def turn_suffix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 class TokenScorer:
     """A reward function in TRL's protocol that scores token ids with a reward model.
 
-    `trainer` must pass the prompts' token ids as the extra column `prompt_ids`.
+    PPO passes the prompts' token ids as the extra column `prompt_ids`; TRL's other trainers don't,
+    there the prompts are tokenized as TRL does it.
     """
 
     def __init__(
@@ -73,9 +74,15 @@ class TokenScorer:
         self.__name__ = model.config.name_or_path.rstrip("/").split("/")[-1] or "reward_model"
 
     def __call__(
-        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], **_: object
+        self,
+        completion_ids: list[list[int]],
+        prompt_ids: list[list[int]] | None = None,
+        prompts: list[Any] | None = None,
+        **_: object,
     ) -> list[float]:
         """Scores, one per completion."""
+        if prompt_ids is None:
+            prompt_ids = [self.tokenize(prompt) for prompt in prompts or []]
         rows = [self.tokens(p, c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         scores = [0.0] * len(rows)
@@ -84,6 +91,15 @@ class TokenScorer:
             for i, score in zip(batch, self._score([rows[i] for i in batch]).tolist(), strict=True):
                 scores[i] = score
         return scores
+
+    def tokenize(self, prompt: Any) -> list[int]:
+        """A prompt's ids, text or messages, the assistant's turn opened."""
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt)["input_ids"]
+        ids: Any = self.tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=False
+        )
+        return ids
 
     def tokens(self, prompt: list[int], completion: list[int]) -> list[int]:
         """The sequence as `RewardTrainer` would have tokenized it, cut where the policy was."""

@@ -1,0 +1,74 @@
+"""RLOO and GRPO in PPO's place: TRL's trainers on the same policy, prompts, rewards and sizes.
+
+    accelerate launch -m rlhf --config configs/arden/rlhf.yaml --method grpo
+
+Both sample several completions a prompt and take their mean score as the baseline, where PPO asks a
+critic (RLOO: arXiv 2402.14740; GRPO: 2402.03300). A rollout has as many completions as PPO's and as
+many optimizer steps are taken on it; with `num_generations` completions a prompt it has fewer
+prompts. RLOO takes the KL penalty off the reward as PPO does, GRPO adds it to the loss.
+"""
+
+import dataclasses
+from typing import Any
+
+from transformers import Trainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.data_utils import is_conversational
+
+from common.errors import UserError
+from rlhf.config import PPOConfig
+from rlhf.score import as_function, turn_suffix
+from rlhf.trainer import PPOTrainer
+
+METHODS = ("ppo", "rloo", "grpo")
+GENERATIONS = 4  # completions a prompt, unless the configuration says more than one
+# Named alike in PPO's configuration, but with its own default or meaning there
+OWN_DEFAULTS = {"normalize_advantages", "generation_batch_size", "num_generations_eval"}
+
+
+def trl_config(args: PPOConfig, kind: type[RLOOConfig] | type[GRPOConfig]) -> Any:
+    """PPO's configuration as TRL's: what has the same name is the same."""
+    names = {f.name for f in dataclasses.fields(kind) if f.init} - OWN_DEFAULTS
+    shared = [f.name for f in dataclasses.fields(args) if f.init and f.name in names]
+    values: dict[str, Any] = {name: getattr(args, name) for name in shared}
+    if args.num_generations == 1:
+        values["num_generations"] = GENERATIONS
+    return kind(**values)
+
+
+def missing_eos(eos_token_id: int) -> Any:
+    """A reward function: -1 for a completion that was cut off, 0 for one that ended."""
+
+    def missing_eos(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [0.0 if ids[-1] == eos_token_id else -1.0 for ids in completion_ids]
+
+    return missing_eos
+
+
+def build_trainer(method: str, rewards: list[Any], args: PPOConfig, **rest: Any) -> Trainer:
+    """The trainer of a method, on rewards as PPO sees them.
+
+    PPO divides scores by `score_std` and takes `missing_eos_penalty` off what was cut off; here
+    weights do both. Its shift by `score_mean` has no effect under a baseline of the prompt's own.
+
+    Args:
+        method: one of `METHODS`.
+        rewards: reward models and functions, weighted by `args.reward_weights`.
+        args: PPO's configuration, whatever the method.
+        rest: the trainer's other arguments: model, train_dataset, processing_class, ...
+    """
+    if method == "ppo":
+        return PPOTrainer(reward_funcs=rewards, args=args, **rest)
+    if args.kl_budget is not None:
+        raise UserError(f"kl_budget ({args.kl_budget}) is PPO's alone: leave it out of {method}")
+    tokenizer = rest["processing_class"]
+    weights = [w / args.score_std for w in args.reward_weights or [1.0] * len(rewards)]
+    batch_size, device = args.per_device_train_batch_size, args.device
+    conversational = is_conversational(rest["train_dataset"][0])
+    suffix = turn_suffix(tokenizer) if conversational else []
+    functions = [as_function(f, tokenizer, suffix, batch_size, device) for f in rewards]
+    functions.append(missing_eos(tokenizer.eos_token_id))
+    trainer: Any = RLOOTrainer if method == "rloo" else GRPOTrainer
+    config: Any = trl_config(args, RLOOConfig if method == "rloo" else GRPOConfig)
+    config.reward_weights = [*weights, args.missing_eos_penalty]
+    return trainer(reward_funcs=functions, args=config, **rest)
