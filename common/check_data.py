@@ -66,6 +66,7 @@ def main() -> None:
     print(f"repeated\n{describe_repeats(train, held_out)}\n")
     print(f"one row, as the model reads it\n{show_row(train[0], tokenizer, config.max_length)}\n")
     report.require_kept(config.max_lost_share)
+    report.require_context(config.model_name_or_path)
 
 
 def _stage_of(arguments: list[str]) -> str:

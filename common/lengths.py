@@ -6,10 +6,11 @@ assistant is left; the reward model's trainer drops a pair whose longer sequence
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from common.errors import UserError
 from common.rows import Messages
@@ -69,6 +70,20 @@ class LengthReport:
                 f"({self.max_length:,} tokens), more than max_lost_share ({max_lost_share:g}); "
                 f"the longest is {self.longest_row} with {self.longest:,}: "
                 "raise max_length, shorten the rows, or allow it by --max_lost_share"
+            )
+
+    def require_context(self, model: str | Path) -> None:
+        """Refuse rows longer than the model's context, in which it was never trained.
+
+        Raises:
+            UserError: what `max_length` leaves of the longest row exceeds the model's positions.
+        """
+        context = AutoConfig.from_pretrained(model).max_position_embeddings
+        kept = self.longest if self.max_length is None else min(self.longest, self.max_length)
+        if kept > context:
+            raise UserError(
+                f"{self.longest_row} gives {kept:,} tokens, and the model's context is "
+                f"{context:,} (block_size in pretraining): set max_length to {context}"
             )
 
     def histogram(self, bins: int = 8) -> str:

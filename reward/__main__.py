@@ -90,6 +90,7 @@ def main() -> None:
     if args.process_index == 0:
         print(f"reward: {lengths}")
     lengths.require_kept(config.max_lost_share)
+    lengths.require_context(stage.parent)
     held_out = keep_fitting(held_out, tokenizer, args.max_length)
     torch.manual_seed(args.seed)  # of the new head
     trainer = RewardTrainer(

@@ -68,6 +68,7 @@ def main() -> None:
             lengths = measure_lengths(data, tokenizer, args.max_length)
             print(f"sft: {lengths}")
             lengths.require_kept(config.max_lost_share)
+            lengths.require_context(stage.parent)
             stage.output.start()
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(stage.parent),

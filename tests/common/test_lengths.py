@@ -1,7 +1,10 @@
 """Lengths counted as training counts them, by hand; and the refusal when too much is lost."""
 
+from pathlib import Path
+
 import pytest
 from datasets import Dataset
+from transformers import AutoConfig
 
 from common.errors import UserError
 from common.lengths import LengthReport, measure_lengths
@@ -61,6 +64,16 @@ def test_a_run_refuses_when_too_much_is_lost():
         'the longest is a.jsonl, row 7, "messages" with 101: '
         "raise max_length, shorten the rows, or allow it by --max_lost_share"
     )
+
+
+@pytest.mark.parametrize("shape", ["qwen3", "gpt2"])
+def test_rows_beyond_the_context_are_refused(tmp_path: Path, shape: str):
+    """Broken by comparing the longest row before the cut."""
+    AutoConfig.for_model(shape, max_position_embeddings=64).save_pretrained(tmp_path)
+    report(65, 10, max_length=64).require_context(tmp_path)
+    report(64, 10, max_length=None).require_context(tmp_path)
+    with pytest.raises(UserError, match=r"row 7.* gives 65 tokens, .* is 64 .*max_length to 64"):
+        report(90, 10, max_length=65).require_context(tmp_path)
 
 
 def test_histogram_by_hand():
