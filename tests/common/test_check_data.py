@@ -23,7 +23,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_mask_is_shown_to_the_token():
-    """Broken by a mask shifted by one token."""
+    """Broken by a run that ends a token late."""
     tokenizer = train_characters(["abc"])
     chat = say("u: a", "a: bb", "u: c", "a: a")
     assert show_mask(chat, tokenizer, None) == (
@@ -42,7 +42,7 @@ def test_mask_is_shown_to_the_token():
 
 
 def test_repeats_by_hand():
-    """Broken by comparing whole rows in place of prompts."""
+    """Broken by comparing training rows as they are written."""
     train = [say("u: Who  goes?", "a: I."), say("u: who goes?", "a: i."), say("u: b", "a: c")]
     held_out = [say("u: WHO goes?", "a: You."), say("u: c", "a: b")]
     rows = [

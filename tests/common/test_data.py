@@ -111,7 +111,7 @@ def test_preference(load, row, expected):
 
 
 def test_ranked_answers_become_pairs(load):
-    """Broken by taking the lower score as chosen, and by keeping pairs of equal scores."""
+    """Broken by keeping pairs of equal scores."""
     row = {"prompt": "Hi", "answers": ["So", "Ho", "No", "Oh"], "scores": [2, 9.5, -1, 2]}
     pairs = load([row], format="preference", where=True)
     found = [(r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in pairs]

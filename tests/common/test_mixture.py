@@ -34,7 +34,7 @@ def mixture(tmp_path: Path) -> Path:
 
 
 def test_weights_say_how_often_rows_come(mixture: Path) -> None:
-    """Broken by weighing before the hold-out, and by rounding 0.5 to 0."""
+    """Broken by rounding 0.5 to 0, and by leaving the rows in order."""
     task = load_task(str(mixture), validation_fraction=0.2)
     train, held_out = (task.conversations(split)["messages"] for split in ("train", "validation"))
     counts = Counter((row[0]["content"], row[1]["content"]) for row in train)
