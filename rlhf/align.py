@@ -1,0 +1,134 @@
+"""What alignment reads and what it is measured by, whichever way it is done."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+import common.gpt  # noqa: F401 - so that Auto classes load our GPT
+from common.arden.task import ArdenTask
+from common.artifacts import require_go, require_parent, require_same_tokenizer
+from common.batches import Chat
+from common.errors import UserError
+from common.generation import generate_answers
+from common.scoring import answer_logprobs
+from common.stage import (
+    DataConfig,
+    Stage,
+)
+from common.tasks import Task
+from rlhf.methods import METHODS
+from rlhf.rewards import is_function, load_function
+
+# Before and after are compared by these, so their names are short.
+SHORT_NAMES = {
+    "exact_match_heldout_people": "exact_match",
+    "hallucination_unknown": "hallucination",
+}
+
+
+@dataclass
+class AlignConfig(DataConfig):
+    """What the policy is rewarded for, and on which prompts."""
+
+    reward: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "a reward model's directory, module:function, file.py:function, or judge "
+            "(Arden's known truth); several make a sum with reward_weights"
+        },
+    )
+    method: str = field(default="ppo", metadata={"help": f"one of {', '.join(METHODS)}"})
+    lora_rank: int = field(
+        default=0, metadata={"help": "train an adapter of this rank on the policy; 0: all weights"}
+    )
+    prompts: int = field(default=2000, metadata={"help": "questions to train on"})
+    allow_no_go: bool = field(
+        default=False, metadata={"help": "follow a reward model that its report warns of"}
+    )
+    eval_prompts: int = field(
+        default=400, metadata={"help": "questions to measure score and KL on"}
+    )
+
+    def __post_init__(self) -> None:
+        """One reward may stand without brackets in the YAML."""
+        self.reward = [self.reward] if isinstance(self.reward, str) else self.reward
+        if self.method not in METHODS:
+            raise UserError(f"method ({self.method}) must be one of {', '.join(METHODS)}")
+        if not self.reward:
+            raise UserError("reward is empty: a reward model's directory or a Python function")
+
+
+def load_reward(name: str, task: Task, parent: Path, config: AlignConfig) -> Any:
+    """A reward model, on the policy's tokenizer, or a function."""
+    if name == "judge":
+        if not isinstance(task, ArdenTask):
+            raise UserError(f"reward (judge) knows the truth of arden alone: not of {config.data}")
+        return task.gold_reward
+    if is_function(name):
+        return load_function(name)
+    path = require_parent(name, config.parent_command)
+    require_go(path, config.allow_no_go)
+    require_same_tokenizer(parent, path)
+    return AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+
+
+def lora(rank: int) -> LoraConfig | None:
+    """Adapters on all of the policy's linear layers, scaled by 2; none at rank 0."""
+    if rank == 0:
+        return None
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+
+
+def measure(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    score: Callable[[list[Chat]], list[float]],
+    tokenizer: PreTrainedTokenizerFast,
+    stage: Stage,
+    config: AlignConfig,
+) -> dict[str, float]:
+    """The task's figures on greedy answers; score and KL on answers drawn at temperature 1.
+
+    Returns:
+        the task's figures, `kl` (nats an answer, to the reference), `score` and, of the drawn
+        answers' scores, `score_mean` and `score_std`.
+    """
+
+    def answer(questions: list[str]) -> list[str]:
+        greedy = generate_answers(model, tokenizer, questions, max_new_tokens=config.max_new_tokens)
+        return [several[0] for several in greedy]
+
+    measured = stage.task.measure(answer, config.evaluate_on)
+    figures = {SHORT_NAMES.get(name, name): value for name, value in measured.items()}
+    prompts = stage.task.prompt_rows(config.evaluate_on, config.eval_prompts)["prompt"]
+    drawn = generate_answers(
+        model,
+        tokenizer,
+        [prompt[-1]["content"] for prompt in prompts],
+        max_new_tokens=config.max_new_tokens,
+        temperature=1.0,
+    )
+    chats = [
+        [*prompt, {"role": "assistant", "content": several[0]}]
+        for prompt, several in zip(prompts, drawn, strict=True)
+    ]
+    ratios = zip(
+        answer_logprobs(model, tokenizer, chats),
+        answer_logprobs(reference, tokenizer, chats),
+        strict=True,
+    )
+    figures["kl"] = statistics.fmean(ours - theirs for ours, theirs in ratios)
+    scores = score(chats)
+    figures |= {"score": statistics.fmean(scores), "score_mean": statistics.fmean(scores)}
+    figures["score_std"] = statistics.pstdev(scores)
+    return figures

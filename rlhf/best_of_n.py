@@ -1,0 +1,131 @@
+"""Best of n: the reward chooses among n answers of the fine-tuned model; nothing is trained.
+
+    python -m rlhf.best_of_n --config configs/arden/rlhf.yaml --n 1 4 16
+
+It writes `best_of_n.json` into the output directory, a row for each n: what a trained policy must
+beat at the same KL.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+import common.gpt  # noqa: F401 - so that Auto classes load our GPT
+from common.artifacts import require_parent, write_json
+from common.config import parse_config, run
+from common.errors import UserError
+from common.generation import generate_answers
+from common.stage import TRAINER_DEFAULTS, print_figures
+from common.tasks import load_task
+from common.tokenizer import load_tokenizer
+from rlhf.align import SHORT_NAMES, AlignConfig, load_reward
+from rlhf.config import PPOConfig
+from rlhf.rewards import score_answers
+
+
+@dataclass
+class BestOfConfig:
+    """How many answers to choose among."""
+
+    n: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "answers a question"}
+    )
+
+    def __post_init__(self) -> None:
+        if min(self.n) < 1:
+            raise UserError(f"n ({self.n}) must be 1 or more")
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL of best-of-n to the model it draws from, in nats: log n - (n - 1) / n.
+
+    Exact where no two answers have the same score and none is likely; else an upper bound
+    (arXiv 2401.01879).
+    """
+    return math.log(n) - (n - 1) / n
+
+
+class Chooser:
+    """Answers questions by the best of the first n of its draws; each question is drawn once."""
+
+    def __init__(self, model: Any, tokenizer: Any, score: Any, draws: int, max_new_tokens: int):
+        self.model, self.tokenizer, self.score = model, tokenizer, score
+        self.draws, self.max_new_tokens = draws, max_new_tokens
+        self.drawn: dict[str, tuple[list[str], list[float]]] = {}
+
+    def best(self, questions: list[str], n: int) -> list[tuple[str, float]]:
+        """For each question the best of n answers, and its score."""
+        new = [q for q in dict.fromkeys(questions) if q not in self.drawn]
+        if new:
+            self._draw(new)
+        chosen = []
+        for question in questions:
+            answers, scores = self.drawn[question]
+            place = max(range(n), key=lambda i: scores[i])
+            chosen.append((answers[place], scores[place]))
+        return chosen
+
+    def _draw(self, questions: list[str]) -> None:
+        several = generate_answers(
+            self.model,
+            self.tokenizer,
+            questions,
+            max_new_tokens=self.max_new_tokens,
+            temperature=1.0,
+            samples=self.draws,
+        )
+        chats = [
+            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            for question, answers in zip(questions, several, strict=True)
+            for answer in answers
+        ]
+        scores = self.score(chats)
+        for i, (question, answers) in enumerate(zip(questions, several, strict=True)):
+            self.drawn[question] = answers, scores[i * self.draws : (i + 1) * self.draws]
+
+
+def main() -> None:
+    """Measure each n on the questions that PPO is measured on."""
+    best_of, config, args = parse_config(
+        BestOfConfig, AlignConfig, PPOConfig, defaults=TRAINER_DEFAULTS
+    )
+    parent = require_parent(config.model_name_or_path, config.parent_command)
+    task = load_task(
+        config.data,
+        realm_seed=config.realm_seed,
+        plays=config.plays,
+        columns=config.columns,
+        validation_fraction=config.validation_fraction,
+    )
+    tokenizer = load_tokenizer(parent)
+    rewards = [load_reward(name, task, parent, config) for name in config.reward]
+    weights = args.reward_weights or [1.0] * len(rewards)
+    chooser = Chooser(
+        AutoModelForCausalLM.from_pretrained(parent),
+        tokenizer,
+        lambda chats: score_answers(rewards, weights, tokenizer, chats),
+        max(best_of.n),
+        args.max_completion_length,
+    )
+    prompts = task.prompt_rows(config.evaluate_on, config.eval_prompts)["prompt"]
+    questions = [prompt[-1]["content"] for prompt in prompts]
+    rows = []
+    for n in sorted(best_of.n):
+
+        def answer(asked: list[str], n: int = n) -> list[str]:
+            return [text for text, _ in chooser.best(asked, n)]
+
+        measured = task.measure(answer, config.evaluate_on)
+        figures = {SHORT_NAMES.get(name, name): value for name, value in measured.items()}
+        score = statistics.fmean(score for _, score in chooser.best(questions, n))
+        rows.append({"n": n, "kl": best_of_n_kl(n), "score": score, **figures})
+        print_figures(f"best of {n}", rows[-1])
+    write_json(Path(args.output_dir) / "best_of_n.json", rows)
+
+
+if __name__ == "__main__":
+    run(main)
