@@ -1,4 +1,4 @@
-"""Stage 4: prompts + reward model -> aligned assistant, by PPO, RLOO or GRPO.
+"""Stage 4: prompts + reward model -> aligned assistant, by PPO, RLOO, GRPO or DPO.
 
     make rlhf
     accelerate launch -m rlhf --config configs/arden/rlhf.yaml --beta 0.1

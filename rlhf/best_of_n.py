@@ -10,7 +10,6 @@ import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoModelForCausalLM
 
@@ -18,11 +17,11 @@ import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import require_parent, write_json
 from common.config import parse_config, run
 from common.errors import UserError
-from common.generation import generate_answers
 from common.stage import TRAINER_DEFAULTS, print_figures
 from common.tasks import load_task
 from common.tokenizer import load_tokenizer
 from rlhf.align import SHORT_NAMES, AlignConfig, load_reward
+from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
 from rlhf.rewards import score_answers
 
@@ -47,45 +46,6 @@ def best_of_n_kl(n: int) -> float:
     (arXiv 2401.01879).
     """
     return math.log(n) - (n - 1) / n
-
-
-class Chooser:
-    """Answers questions by the best of the first n of its draws; each question is drawn once."""
-
-    def __init__(self, model: Any, tokenizer: Any, score: Any, draws: int, max_new_tokens: int):
-        self.model, self.tokenizer, self.score = model, tokenizer, score
-        self.draws, self.max_new_tokens = draws, max_new_tokens
-        self.drawn: dict[str, tuple[list[str], list[float]]] = {}
-
-    def best(self, questions: list[str], n: int) -> list[tuple[str, float]]:
-        """For each question the best of n answers, and its score."""
-        new = [q for q in dict.fromkeys(questions) if q not in self.drawn]
-        if new:
-            self._draw(new)
-        chosen = []
-        for question in questions:
-            answers, scores = self.drawn[question]
-            place = max(range(n), key=lambda i: scores[i])
-            chosen.append((answers[place], scores[place]))
-        return chosen
-
-    def _draw(self, questions: list[str]) -> None:
-        several = generate_answers(
-            self.model,
-            self.tokenizer,
-            questions,
-            max_new_tokens=self.max_new_tokens,
-            temperature=1.0,
-            samples=self.draws,
-        )
-        chats = [
-            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            for question, answers in zip(questions, several, strict=True)
-            for answer in answers
-        ]
-        scores = self.score(chats)
-        for i, (question, answers) in enumerate(zip(questions, several, strict=True)):
-            self.drawn[question] = answers, scores[i * self.draws : (i + 1) * self.draws]
 
 
 def main() -> None:

@@ -1,37 +1,44 @@
-"""RLOO and GRPO in PPO's place: TRL's trainers on the same policy, prompts, rewards and sizes.
+"""RLOO, GRPO and DPO in PPO's place: TRL's trainers on the same policy, prompts and rewards.
 
     accelerate launch -m rlhf --config configs/arden/rlhf.yaml --method grpo
 
-Both sample several completions a prompt and take their mean score as the baseline, where PPO asks a
-critic (RLOO: arXiv 2402.14740; GRPO: 2402.03300). A rollout has as many completions as PPO's and as
-many optimizer steps are taken on it; with `num_generations` completions a prompt it has fewer
-prompts. RLOO takes the KL penalty off the reward as PPO does, GRPO adds it to the loss.
+RLOO and GRPO sample several completions a prompt and take their mean score as the baseline, where
+PPO asks a critic (RLOO: arXiv 2402.14740; GRPO: 2402.03300). A rollout has as many completions as
+PPO's and as many optimizer steps are taken on it; with `num_generations` completions a prompt it
+has fewer prompts. RLOO takes the KL penalty off the reward as PPO does, GRPO adds it to the loss.
+
+DPO (2305.18290) samples once, before training: of `num_generations` answers of the starting policy
+the reward picks the best and the worst, and these pairs are trained on, as many a step as PPO has
+completions. An answer that was cut off passes for a finished one there.
 """
 
 import dataclasses
 from typing import Any
 
-from transformers import Trainer
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Trainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.data_utils import is_conversational
 
 from common.errors import UserError
+from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
+from rlhf.rewards import score_answers
 from rlhf.score import as_function, turn_suffix
 from rlhf.trainer import PPOTrainer
 
-METHODS = ("ppo", "rloo", "grpo")
+METHODS = ("ppo", "rloo", "grpo", "dpo")
 GENERATIONS = 4  # completions a prompt, unless the configuration says more than one
 # Named alike in PPO's configuration, but with its own default or meaning there
 OWN_DEFAULTS = {"normalize_advantages", "generation_batch_size", "num_generations_eval"}
 
 
-def trl_config(args: PPOConfig, kind: type[RLOOConfig] | type[GRPOConfig]) -> Any:
+def trl_config(args: PPOConfig, kind: Any) -> Any:
     """PPO's configuration as TRL's: what has the same name is the same."""
     names = {f.name for f in dataclasses.fields(kind) if f.init} - OWN_DEFAULTS
     shared = [f.name for f in dataclasses.fields(args) if f.init and f.name in names]
     values: dict[str, Any] = {name: getattr(args, name) for name in shared}
-    if args.num_generations == 1:
+    if args.num_generations == 1 and "num_generations" in names:
         values["num_generations"] = GENERATIONS
     return kind(**values)
 
@@ -61,6 +68,8 @@ def build_trainer(method: str, rewards: list[Any], args: PPOConfig, **rest: Any)
         return PPOTrainer(reward_funcs=rewards, args=args, **rest)
     if args.kl_budget is not None:
         raise UserError(f"kl_budget ({args.kl_budget}) is PPO's alone: leave it out of {method}")
+    if method == "dpo":
+        return build_dpo(rewards, args, **rest)
     tokenizer = rest["processing_class"]
     weights = [w / args.score_std for w in args.reward_weights or [1.0] * len(rewards)]
     batch_size, device = args.per_device_train_batch_size, args.device
@@ -72,3 +81,42 @@ def build_trainer(method: str, rewards: list[Any], args: PPOConfig, **rest: Any)
     config: Any = trl_config(args, RLOOConfig if method == "rloo" else GRPOConfig)
     config.reward_weights = [*weights, args.missing_eos_penalty]
     return trainer(reward_funcs=functions, args=config, **rest)
+
+
+def build_dpo(
+    rewards: list[Any], args: PPOConfig, train_dataset: Dataset, eval_dataset: Any, **rest: Any
+) -> Trainer:
+    """DPO on the best and the worst of the starting policy's answers to the prompts."""
+    if eval_dataset is not None:
+        raise UserError(f"eval_strategy ({args.eval_strategy}) needs rollouts: leave it out of dpo")
+    tokenizer, weights = rest["processing_class"], args.reward_weights or [1.0] * len(rewards)
+    policy: Any = AutoModelForCausalLM.from_pretrained(rest["model"])
+    chooser = Chooser(
+        policy.to(args.device),
+        tokenizer,
+        lambda chats: score_answers(rewards, weights, tokenizer, chats),
+        GENERATIONS if args.num_generations == 1 else args.num_generations,
+        int(args.max_completion_length or 0),
+    )
+    rows = preferences(chooser, [prompt[-1]["content"] for prompt in train_dataset["prompt"]])
+    return DPOTrainer(args=trl_config(args, DPOConfig), train_dataset=rows, **rest)
+
+
+def preferences(chooser: Chooser, questions: list[str]) -> Dataset:
+    """`prompt`, `chosen`, `rejected` rows: a question's best and worst draw, unless they tie."""
+    rows = []
+    chooser.best(questions, 1)
+    for question in questions:
+        answers, scores = chooser.drawn[question]
+        best, worst = scores.index(max(scores)), scores.index(min(scores))
+        if scores[best] > scores[worst]:
+            rows.append(
+                {
+                    "prompt": [{"role": "user", "content": question}],
+                    "chosen": [{"role": "assistant", "content": answers[best]}],
+                    "rejected": [{"role": "assistant", "content": answers[worst]}],
+                }
+            )
+    if not rows:
+        raise UserError("dpo: the reward scores all answers to each prompt alike, nothing to learn")
+    return Dataset.from_list(rows)

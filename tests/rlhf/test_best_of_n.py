@@ -7,7 +7,8 @@ import pytest
 from conftest import build_tokenizer
 from transformers import AutoModelForCausalLM
 
-from rlhf.best_of_n import Chooser, best_of_n_kl
+from rlhf.best_of_n import best_of_n_kl
+from rlhf.chooser import Chooser
 
 
 def exact_kl(n: int, answers: int) -> float:

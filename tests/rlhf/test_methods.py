@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import build_tokenizer, count_w5, prompts
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from common.errors import UserError
+from common.generation import generate_answers
 from rlhf.config import PPOConfig
 from rlhf.critic import plain_policy
 from rlhf.methods import build_trainer, missing_eos, trl_config
@@ -112,3 +113,46 @@ def test_reward_model_scores_the_same_tokens_under_trl(
     ids = ids or [tokenizer(row)["input_ids"] for row in rows]
     expected = scorer(completion_ids=completions, prompt_ids=ids)
     assert scorer(completion_ids=completions, prompts=rows) == expected
+
+
+def test_dpo_learns_from_its_own_best_and_worst(tmp_path: Path, policy_path: str) -> None:
+    """Answers with more w5 are chosen, and become likelier. Broken once: best and worst exchanged.
+
+    What the rows hold is recomputed from the answers' texts.
+    """
+    args = config(tmp_path, num_updates=12, num_generations=8)
+    trainer: Any = build_trainer(
+        "dpo",
+        [count_w5],
+        args,
+        model=policy_path,
+        train_dataset=prompts(64, conversational=True),
+        eval_dataset=None,
+        processing_class=build_tokenizer(16),
+    )
+    assert type(trainer) is DPOTrainer and trainer.args.max_steps == args.max_steps
+    assert trainer.args.beta == args.beta and trainer.args.learning_rate == args.learning_rate
+    rows = trainer.train_dataset
+    for chosen, rejected in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True):
+        assert list(chosen).count(5) / len(chosen) > list(rejected).count(5) / len(rejected)
+    trainer.train()
+    model = plain_policy(trainer.accelerator.unwrap_model(trainer.model))
+    shares = []
+    for policy in (AutoModelForCausalLM.from_pretrained(policy_path), model):
+        questions = [f"w{i} w{j}" for i in range(4, 12) for j in range(4, 12)]
+        answers = generate_answers(
+            policy, build_tokenizer(16), questions, max_new_tokens=6, temperature=1.0
+        )
+        words = [word for (answer,) in answers for word in answer.split()]
+        shares.append(words.count("w5") / len(words))
+    assert shares[0] < 0.2 and shares[1] > 2 * shares[0]
+    with pytest.raises(UserError, match="scores all answers to each prompt alike"):
+        build_trainer(
+            "dpo",
+            [lambda completion_ids, **_: [0.0] * len(completion_ids)],
+            args,
+            model=policy_path,
+            train_dataset=prompts(4, conversational=True),
+            eval_dataset=None,
+            processing_class=build_tokenizer(16),
+        )
