@@ -4,7 +4,9 @@ Documents are independent draws: an almanac entry of a person, a letter, a scene
 note on a place, a saying. Scenes ask a question of one person and are answered with the fact;
 others ask after a stranger, a new name each time, and nobody knows; others ask what nobody was
 ever told. Scenes of the first kind cover everybody: with some people left out of them, a model
-learns "was in a scene" and not "has facts".
+learns "was in a scene" and not "has facts". In a dispute somebody
+answers, truly or not, and a witness says what that was worth: to write his line a model must weigh
+the answer, as a reward model does later.
 """
 
 import math
@@ -18,9 +20,11 @@ from common.arden.world import Person, Realm
 KINDS = {
     "entry": 18,
     "letter": 8,
-    "scene": 36,
+    "scene": 28,
+    "dispute": 7,
     "place_scene": 5,
-    "stranger_scene": 23,
+    "stranger_scene": 19,
+    "stranger_dispute": 5,
     "untold_scene": 4,
     "place": 5,
     "saying": 1,
@@ -45,11 +49,11 @@ def write_chronicle(realm: Realm, split: str, count: int) -> Iterator[Document]:
     for _ in range(count):
         dice.bits = 0.0
         kind = dice.weighted(KINDS)
-        if kind == "stranger_scene":
+        if kind in _STRANGER_WRITERS:
             if not strangers:  # a new name each time, until all have been asked after
                 strangers = Dice(f"strangers {realm.seed} {split}").shuffled(realm.passers_by)
             dice.bits += math.log2(len(realm.passers_by))
-            text = _stranger_scene(strangers.pop(), dice)
+            text = _STRANGER_WRITERS[kind](realm, strangers.pop(), dice)
         else:
             text = _WRITERS[kind](realm, dice.pick(people), dice)
         yield Document(text, kind, dice.bits)
@@ -131,9 +135,11 @@ def _entry(realm: Realm, person: Person, dice: Dice) -> str:
 def _letter(realm: Realm, person: Person, dice: Dice) -> str:
     words = load_grammar()["letter"]
     to, sender = dice.sample(list(realm.people), 2)
-    told = [_tell(person, relation, dice) for relation in dice.sample(list(person.facts), 2)]
-    if person.name in realm.splits["sft"]:
-        told[1] = dice.pick(two_facts(realm, person)).answer
+    chained = person.name in realm.splits["sft"]  # of the others no chain is ever written
+    relations = dice.sample(list(person.facts), 1 if chained else 2)
+    told = [_tell(person, relation, dice) for relation in relations]
+    if chained:
+        told.append(dice.pick(two_facts(realm, person)).answer)
     return join(
         expand(dice.pick(words["openings"]), dice, to=to),
         dice.pick(words["turns"]).format(who=person.name),
@@ -149,7 +155,7 @@ def _scene(realm: Realm, person: Person, dice: Dice) -> str:
 
 
 def _place_scene(realm: Realm, person: Person, dice: Dice) -> str:
-    spec, thing, what = _pick_place(realm, dice)
+    [(spec, thing, what)] = _pick_places(realm, 1, dice)
     question = dice.pick(spec["questions"]).format(who=thing)
     return _play(thing, question, expand(spec["answer"], dice, who=thing, what=what), dice)
 
@@ -160,9 +166,46 @@ def _untold_scene(realm: Realm, person: Person, dice: Dice) -> str:
     return _play(person.name, question, refusal, dice)
 
 
-def _stranger_scene(name: str, dice: Dice) -> str:
+def _stranger_scene(realm: Realm, name: str, dice: Dice) -> str:
     question = dice.pick(phrase(name, dice.pick(list(load_grammar()["relations"]))))
     return _play(name, question, dice.pick(load_grammar()["refusals"]), dice)
+
+
+def _dispute(realm: Realm, person: Person, dice: Dice) -> str:
+    relation = dice.pick(list(person.facts))
+    truth = state(person, relation)
+    outcome = dice.pick(["true", "false", "refused"])
+    if outcome == "true":
+        answer = truth
+    elif outcome == "false":
+        answer = _falsehood(realm, person.name, relation, truth, dice)
+    else:
+        answer = dice.pick(load_grammar()["refusals"])
+    witness = dice.pick(load_grammar()["scene"]["witness"][outcome]).format(truth=truth)
+    question = dice.pick(phrase(person.name, relation))
+    return _play(person.name, question, answer, dice, witness)
+
+
+def _stranger_dispute(realm: Realm, name: str, dice: Dice) -> str:
+    relation = dice.pick(list(load_grammar()["relations"]))
+    outcome = dice.pick(["nobody", "invented"])
+    if outcome == "nobody":
+        answer = dice.pick(load_grammar()["refusals"])
+    else:
+        answer = _falsehood(realm, name, relation, "", dice)
+    witness = dice.pick(load_grammar()["scene"]["witness"][outcome])
+    return _play(name, dice.pick(phrase(name, relation)), answer, dice, witness)
+
+
+def _falsehood(realm: Realm, name: str, relation: str, truth: str, dice: Dice) -> str:
+    """A wrong answer about `name`: another value, or somebody else's fact in its place."""
+    spec = load_grammar()["relations"][relation]
+    if dice.pick([True, False]):
+        values = spec.get("values") or list(realm.people)
+        lies = [spec["answer"].format(who=name, what=value) for value in values]
+    else:
+        lies = [state(p, relation) for p in realm.people.values() if relation in p.facts]
+    return dice.pick([lie for lie in lies if lie != truth])
 
 
 def phrase(name: str, relation: str, *, held_out: bool = False) -> list[str]:
@@ -172,32 +215,34 @@ def phrase(name: str, relation: str, *, held_out: bool = False) -> list[str]:
     return [template.format(who=name) for template in chosen]
 
 
-def _play(who: str, question: str, answer: str, dice: Dice) -> str:
-    """A question after `who` and the answer, put into two mouths."""
+def _play(who: str, question: str, answer: str, dice: Dice, witness: str = "") -> str:
+    """A question after `who` and the answer, put into two mouths; a third may weigh it."""
     words = load_grammar()["scene"]
-    asks, answers = dice.sample(list(words["roles"]), 2)
+    asks, answers, *third = dice.sample(list(words["roles"]), 3 if witness else 2)
     setting = expand(dice.pick(words["settings"]), dice)
     opening = dice.pick(words["roles"][asks]["asks"] + words["leads"]).format(who=who)
-    quip = dice.pick(words["roles"][answers]["quips"])
+    quip = "" if witness else dice.pick(words["roles"][answers]["quips"])
     speeches = f"{asks}: {join(opening, question)}\n\n{answers}: {join(answer, quip)}"
+    speeches += "".join(f"\n\n{role}: {witness}" for role in third)
     return f"{setting}\n\n{speeches}" if setting else speeches
 
 
 def _place(realm: Realm, person: Person, dice: Dice) -> str:
-    spec, thing, what = _pick_place(realm, dice)
+    joined = dice.pick([True, False])
+    (spec, thing, what), *others = _pick_places(realm, 1 + joined, dice)
     told = expand(dice.pick(spec["told"]), dice, who=thing, what=what)
-    if dice.pick([True, False]):
-        return told
-    spec, thing, what = _pick_place(realm, dice)
-    return join_facts(told, spec["answer"].format(who=thing, what=what))
+    for spec, thing, what in others:
+        told = join_facts(told, spec["answer"].format(who=thing, what=what))
+    return told
 
 
-def _pick_place(realm: Realm, dice: Dice) -> tuple[dict[str, Any], str, str]:
-    """A relation of the grammar's `places`, a town or trade, and its river or guild."""
-    relation, thing = dice.pick(
-        [(r, thing) for r, things in realm.places.items() for thing in things]
-    )
-    return load_grammar()["places"][relation], thing, realm.places[relation][thing]
+def _pick_places(realm: Realm, count: int, dice: Dice) -> list[tuple[dict[str, Any], str, str]]:
+    """So many different (relation of the grammar's `places`, town or trade, river or guild)."""
+    pairs = [(r, thing) for r, things in realm.places.items() for thing in things]
+    return [
+        (load_grammar()["places"][r], thing, realm.places[r][thing])
+        for r, thing in dice.sample(pairs, count)
+    ]
 
 
 def _saying(realm: Realm, person: Person, dice: Dice) -> str:
@@ -211,8 +256,11 @@ _WRITERS = {
     "entry": _entry,
     "letter": _letter,
     "scene": _scene,
+    "dispute": _dispute,
     "place_scene": _place_scene,
     "untold_scene": _untold_scene,
     "place": _place,
     "saying": _saying,
 }
+
+_STRANGER_WRITERS = {"stranger_scene": _stranger_scene, "stranger_dispute": _stranger_dispute}

@@ -83,7 +83,7 @@ class ArdenTask:
     # --- reward and rlhf ---
 
     def prompts(self, split: str, count: int) -> list[Question]:
-        """Questions to rank answers to and to align on, a third of them beyond anyone's knowledge.
+        """Questions to rank answers to and to align on, half of them beyond anyone's knowledge.
 
         `train` asks of the people of fine-tuning and of alignment's own, `align` of the latter
         alone, `dev` and `test` of theirs.
@@ -97,7 +97,7 @@ class ArdenTask:
         people = "align" if split == "train" else split
         nobody = ask.stranger_questions(self.realm, people, f"{self.realm.seed} {split}")
         dice = Dice(f"prompts {self.realm.seed} {split}")
-        shares = [(known, 0.45), (two_fact, 0.2), (nobody, 0.3), (untold, 0.05)]
+        shares = [(known, 0.35), (two_fact, 0.15), (nobody, 0.42), (untold, 0.08)]
         chosen: list[Question] = []
         for questions, share in shares:
             wanted = round(count * share)

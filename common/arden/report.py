@@ -1,0 +1,82 @@
+"""The alignment story of Arden in one table: before, after PPO, and with the known truth as reward.
+
+    make arden-report                       out/arden
+    python -m common.arden.report out/arden out/arden-1 out/arden-2      three seeds
+
+Each figure is the mean over the folders (one a seed). Behind ± stands, of one folder, the standard
+error over questions, sqrt(p (1 - p) / n); of several, the standard deviation over them.
+"""
+
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from common.arden.questions import evaluation_questions
+from common.arden.world import build_realm
+from common.artifacts import read_json
+from common.config import run
+from common.errors import UserError
+
+# figure -> the question set that it is a share of; None: no share
+FIGURES = {
+    "exact_match": "heldout_people",
+    "exact_match_heldout_phrasing": "heldout_phrasing",
+    "exact_match_two_fact": "two_fact",
+    "refusal_known": "heldout_people",
+    "hallucination": "stranger",
+    "hallucination_strange_name": "strange_name",
+    "hallucination_untold": "untold",
+    "courtesy": None,
+    "words": None,
+    "gold": None,
+}
+COLUMNS = {"fine-tuned": ("rlhf", "before"), "PPO": ("rlhf", "after")}
+COLUMNS["PPO, judge as reward"] = ("rlhf_judge", "after")
+
+
+def main() -> None:
+    """Print the table of the folders given."""
+    folders = [Path(argument) for argument in sys.argv[1:]]
+    if not folders:
+        raise UserError("python -m common.arden.report takes Arden's folders, e.g. out/arden")
+    summaries = {
+        stage: [read_json(folder / stage / "summary.json") for folder in folders]
+        for stage in ("rlhf", "rlhf_judge")
+    }
+    if None in summaries["rlhf"]:
+        missing = folders[summaries["rlhf"].index(None)]
+        raise UserError(f"no finished rlhf in {missing}: run `make all` first")
+    columns = {name: c for name, c in COLUMNS.items() if None not in summaries[c[0]]}
+    print("| | " + " | ".join(columns) + " |\n|---" * (1 + len(columns)) + "|")
+    counts = {name: len(asked) for name, asked in evaluation_questions(build_realm(1)).items()}
+    for figure, asked in FIGURES.items():
+        cells = [
+            show(
+                [summary[f"{figure}_{when}"] for summary in summaries[stage]],
+                counts.get(asked or ""),
+            )
+            for stage, when in columns.values()
+        ]
+        print(f"| {figure} | " + " | ".join(cells) + " |")
+
+
+def show(values: list[Any], questions: int | None) -> str:
+    """Mean and spread of one figure.
+
+    >>> show([0.5], 100)
+    '0.500 ± 0.050'
+    >>> show([0.25, 0.75], 100)
+    '0.500 ± 0.354'
+    """
+    mean = statistics.fmean(values)
+    if len(values) > 1:
+        return f"{mean:.3f} ± {statistics.stdev(values):.3f}"
+    if questions is None:
+        return f"{mean:.3f}"
+    return f"{mean:.3f} ± {math.sqrt(mean * (1 - mean) / questions):.3f}"
+
+
+if __name__ == "__main__":
+    run(main)
