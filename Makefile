@@ -3,7 +3,10 @@
 #   make all        the four stages on the realm of Arden, then a table
 #   make test       the tests
 #   make pretrain | sft | reward | rlhf [PROFILE=arden|shakespeare|own] [DATA=path] [ARGS="--seed 1"]
+#   make rlhf METHOD=ppo|rloo|grpo|dpo   by another method, into out/<profile>/rlhf_<method>
 #   make chat [STAGE=sft]
+#   make rlhf_judge   PPO on Arden with the known truth as reward, beside out/arden/rlhf
+#   make arden-report [FOLDERS="out/arden out/arden-1"]   the alignment story in one table
 #   make check-data [CONFIG=configs/own/sft.yaml] [DATA=path]   what a stage would train on
 #   make check      style, lint and types
 
@@ -21,9 +24,10 @@ export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=171
 
 BIN := .venv/bin
 LAUNCH = $(BIN)/accelerate launch --quiet --config_file configs/accelerate/$(ACCELERATE).yaml
+BY_METHOD = $(if $(METHOD),--method $(METHOD) --output_dir out/$(PROFILE)/rlhf_$(METHOD))
 STAGES := pretrain sft reward rlhf
 
-.PHONY: setup test check check-data all chat clean $(STAGES)
+.PHONY: setup test check check-data all chat clean rlhf_judge arden-report $(STAGES)
 
 setup: .venv/installed
 
@@ -33,11 +37,17 @@ setup: .venv/installed
 	@touch $@
 
 $(STAGES): setup
-	$(LAUNCH) -m $@ --config configs/$(PROFILE)/$@.yaml $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(LAUNCH) -m $@ --config configs/$(PROFILE)/$@.yaml $(if $(DATA),--data $(DATA)) $(if $(filter rlhf,$@),$(BY_METHOD)) $(ARGS)
 
 all: setup
 	@for stage in $(STAGES); do $(MAKE) --no-print-directory $$stage || exit 2; done
 	$(BIN)/python -m common.report out/$(PROFILE)
+
+rlhf_judge: setup
+	$(LAUNCH) -m rlhf --config configs/arden/rlhf_judge.yaml $(ARGS)
+
+arden-report: setup
+	$(BIN)/python -m common.arden.report $(if $(FOLDERS),$(FOLDERS),out/arden)
 
 chat: setup
 	$(BIN)/python -m common.chat out/$(PROFILE) $(if $(STAGE),--stage $(STAGE))
