@@ -8,6 +8,7 @@
 #   make rlhf_judge   PPO on Arden with the known truth as reward, beside out/arden/rlhf
 #   make arden-report [FOLDERS="out/arden out/arden-1"]   the alignment story in one table
 #   make check-data [CONFIG=configs/own/sft.yaml] [DATA=path]   what a stage would train on
+#   make lesson     the lesson's ladder on Tiny Shakespeare, rung by rung [DATA=path]
 #   make check      style, lint and types
 
 PROFILE ?= arden
@@ -27,7 +28,7 @@ LAUNCH = $(BIN)/accelerate launch --quiet --config_file configs/accelerate/$(ACC
 BY_METHOD = $(if $(METHOD),--method $(METHOD) --output_dir out/$(PROFILE)/rlhf_$(METHOD))
 STAGES := pretrain sft reward rlhf
 
-.PHONY: setup test check check-data all chat clean rlhf_judge arden-report $(STAGES)
+.PHONY: setup test check check-data all chat lesson clean rlhf_judge arden-report $(STAGES)
 
 setup: .venv/installed
 
@@ -48,6 +49,9 @@ rlhf_judge: setup
 
 arden-report: setup
 	$(BIN)/python -m common.arden.report $(if $(FOLDERS),$(FOLDERS),out/arden)
+
+lesson: setup
+	$(BIN)/python -m pretrain.lesson --config configs/shakespeare/lesson.yaml $(if $(DATA),--data $(DATA)) $(ARGS)
 
 chat: setup
 	$(BIN)/python -m common.chat out/$(PROFILE) $(if $(STAGE),--stage $(STAGE))

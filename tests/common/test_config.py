@@ -10,6 +10,7 @@ from common.config import config_values, parse_config, run
 from common.errors import UserError
 from common.stage import TRAINER_DEFAULTS, DataConfig
 from pretrain.config import ModelConfig, PretrainConfig
+from pretrain.lesson import LessonConfig
 from reward.__main__ import RankingConfig
 from rlhf.__main__ import AlignConfig
 from rlhf.config import PPOConfig
@@ -18,6 +19,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 STAGES = {
     "pretrain": (ModelConfig, PretrainConfig),
     "small": (ModelConfig, PretrainConfig),
+    "lesson": (ModelConfig, PretrainConfig, LessonConfig),
     "sft": (DataConfig, SFTConfig),
     "reward": (RankingConfig, RewardConfig),
     "rlhf": (AlignConfig, PPOConfig),
@@ -27,9 +29,9 @@ FILES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_yaml_parses(path: Path) -> None:
-    extra = ["--data", "rows.jsonl"] if path.parent.name == "own" else []
-    config, args = parse_config(
-        *STAGES[path.stem],
+    extra = ["--data", "rows.jsonl"] if path.parent.name in ("own", "web") else []
+    config, args, *_ = parse_config(
+        *STAGES["pretrain" if path.parent.name == "web" else path.stem],
         defaults=TRAINER_DEFAULTS if path.stem in ("sft", "reward", "rlhf") else None,
         args=["--config", str(path), *extra],
     )
