@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from common.artifacts import StageOutput
 from common.config import config_values, parse_config, run
@@ -102,21 +107,30 @@ def make_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTr
             )
         return model
     return build_gpt(
-        build_config(
-            config.shape,
-            vocab_size=model_vocab_size(tokenizer),
-            block_size=config.block_size,
-            num_hidden_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            intermediate_size=config.intermediate_size,
-            tie_word_embeddings=config.tie_word_embeddings,
-            dropout=config.dropout,
+        gpt_config(
+            config,
+            model_vocab_size(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
+    )
+
+
+def gpt_config(config: ModelConfig, vocab_size: int, **special_tokens: int) -> PreTrainedConfig:
+    """What `build_gpt` takes for a model of this configuration; as `build_config` in the rest."""
+    return build_config(
+        config.shape,
+        vocab_size=vocab_size,
+        block_size=config.block_size,
+        num_hidden_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        intermediate_size=config.intermediate_size,
+        tie_word_embeddings=config.tie_word_embeddings,
+        dropout=config.dropout,
+        **special_tokens,
     )
 
 

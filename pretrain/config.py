@@ -17,6 +17,10 @@ class ModelConfig:
         default="modern", metadata={"help": "modern (Qwen3's) or lesson (GPT-2's)"}
     )
     block_size: int = field(default=256, metadata={"help": "context length, in tokens"})
+    depth: int | None = field(
+        default=None,
+        metadata={"help": "one dial: so many blocks, 64 wide for each, heads of 64 (128 from 16)"},
+    )
     num_hidden_layers: int = field(default=6, metadata={"help": "blocks"})
     hidden_size: int = field(default=192, metadata={"help": "width of the residual stream"})
     num_attention_heads: int = field(default=3, metadata={"help": "query heads"})
@@ -34,6 +38,20 @@ class ModelConfig:
         default="bpe", metadata={"help": "characters, bpe (trained on the text), or a directory"}
     )
     vocab_size: int = field(default=1024, metadata={"help": "of a BPE trained here"})
+
+    def __post_init__(self) -> None:
+        """Turn `depth` into sizes.
+
+        Raises:
+            UserError: `depth` is odd or below 2.
+        """
+        if self.depth is None:
+            return
+        if self.depth < 2 or self.depth % 2:
+            raise UserError(f"depth ({self.depth}) must be even and at least 2")
+        self.num_hidden_layers = self.depth
+        self.hidden_size = 64 * self.depth
+        self.num_attention_heads = self.depth if self.depth < 16 else self.depth // 2
 
 
 @dataclass

@@ -1,0 +1,174 @@
+"""What a pretraining run would take, before it is begun.
+
+python -m pretrain.plan --config configs/web/gpt2_124m.yaml --devices 8 --tflops 400
+python -m pretrain.plan --config configs/web/gpt3_175b.yaml --devices 1024 --shard true
+
+The model is built and run forward as stage 1 does, on tensors that have sizes and no content
+(`FakeTensorMode`): so parameters, optimizer states and what the forward pass keeps for the backward
+are counted, not estimated. FLOPs follow a formula (`flops_per_token`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from common.config import parse_config, run
+from common.errors import UserError
+from common.gpt import build_gpt
+from pretrain.__main__ import count_parameters, gpt_config
+from pretrain.config import ModelConfig, PretrainConfig
+from pretrain.optimizer import build_optimizers
+from pretrain.train import token_loss
+
+
+@dataclass
+class PlanConfig:
+    """The machine, and how much to train."""
+
+    devices: int = field(default=1, metadata={"help": "GPUs, or CPU processes"})
+    tflops: float = field(
+        default=400.0, metadata={"help": "what a device gets done, 1e12 FLOP/s: its peak times MFU"}
+    )
+    shard: bool = field(
+        default=False, metadata={"help": "weights and optimizer states split (FSDP), not copied"}
+    )
+    train_tokens: float | None = field(
+        default=None, metadata={"help": "in place of max_steps times the batch"}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            UserError: no device, or no speed.
+        """
+        for name in ("devices", "tflops"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} ({getattr(self, name)}) must be above 0")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one model counts, in numbers and bytes; activations of one micro-batch."""
+
+    parameters: int
+    flops_per_token: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+
+
+def count(config: PreTrainedConfig, batch_size: int) -> Counts:
+    """Count a model of `build_config`'s, trained in bf16 autocast over float32 weights.
+
+    Args:
+        config: its sizes.
+        batch_size: windows of block_size tokens in a micro-batch.
+    """
+    with FakeTensorMode():
+        model = build_gpt(config)
+        muon, adamw = build_optimizers(
+            model, learning_rate=1.0, muon_learning_rate=1.0, weight_decay=0.0
+        )
+        weight_bytes = sum(p.nbytes for p in model.parameters())
+        return Counts(
+            parameters=count_parameters(model),
+            flops_per_token=flops_per_token(model),
+            weight_bytes=weight_bytes,
+            gradient_bytes=weight_bytes,
+            optimizer_bytes=_bytes_of(muon) + 2 * _bytes_of(adamw),  # momentum; both moments
+            activation_bytes=activation_bytes(model, batch_size),
+        )
+
+
+def _bytes_of(optimizer: torch.optim.Optimizer) -> int:
+    return sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
+
+
+def flops_per_token(model: Any) -> int:
+    """Of forward and backward: 6 a weight in a matrix product, 12 L H T for attention.
+
+    A weight multiplies and adds once forward, twice backward; so do the T x T scores and their
+    product with the values, the half above the diagonal included (PaLM, arXiv:2204.02311, app. B).
+    Tables that are only looked up, norms and biases count nothing.
+    """
+    config = model.config
+    products = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    width = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    mixed = config.num_hidden_layers * config.num_attention_heads * width
+    return 6 * products + 12 * mixed * config.max_position_embeddings
+
+
+def activation_bytes(model: Any, batch_size: int) -> int:
+    """What one forward pass keeps for the backward pass, without the weights themselves."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # kept alive, so that no other takes its place
+        return tensor
+
+    ids = torch.zeros(batch_size, model.config.max_position_embeddings, dtype=torch.long)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        token_loss(model, ids, ids)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def plan(counts: Counts, config: PretrainConfig, block_size: int, machine: PlanConfig) -> dict:
+    """The figures that `main` prints, by name; bytes are those of one device.
+
+    Returns:
+        parameters, tokens, FLOPs in all, steps, bytes a device by kind, days.
+    """
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    step_tokens = batch * block_size * machine.devices
+    tokens = int(machine.train_tokens or config.max_steps * step_tokens)
+    parts = machine.devices if machine.shard else 1
+    memory = {
+        "weight_bytes": -(-counts.weight_bytes // parts),
+        "gradient_bytes": -(-counts.gradient_bytes // parts),
+        "optimizer_bytes": -(-counts.optimizer_bytes // parts),
+        "activation_bytes": counts.activation_bytes,
+    }
+    flops = counts.flops_per_token * tokens
+    return {
+        "parameters": counts.parameters,
+        "tokens": tokens,
+        "steps": -(-tokens // step_tokens),
+        "flops_per_token": counts.flops_per_token,
+        "flops": flops,
+        **memory,
+        "bytes_per_device": sum(memory.values()),
+        "days": flops / (machine.devices * machine.tflops * 1e12) / 86400,
+    }
+
+
+def main() -> None:
+    """Print the plan of a configuration."""
+    model_config, config, machine = parse_config(ModelConfig, PretrainConfig, PlanConfig)
+    sizes = gpt_config(
+        model_config, model_config.vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
+    counts = count(sizes, config.per_device_train_batch_size)
+    for name, value in plan(counts, config, model_config.block_size, machine).items():
+        if name.endswith("bytes") or name == "bytes_per_device":
+            print(f"{name.replace('bytes', 'GB'):<18} {value / 1e9:>14,.2f}")
+        elif name == "flops":
+            print(f"{name:<18} {value:>14.3e}")
+        else:
+            print(f"{name:<18} {value:>14,.2f}" if name == "days" else f"{name:<18} {value:>14,}")
+
+
+if __name__ == "__main__":
+    run(main)
