@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from common.artifacts import MetricsFile, read_json, write_json
+from common.errors import UserError
 from common.token_file import TokenFile
 from pretrain.config import PretrainConfig
 from pretrain.optimizer import build_optimizers
-from pretrain.windows import evaluation_spans, training_starts
+from pretrain.windows import evaluation_spans, source_rows, training_starts
 
 
 def train(
@@ -39,7 +41,7 @@ def train(
         `val_loss` (nats a token), `val_bits_per_byte`, `train_seconds`, `train_tokens`.
 
     Raises:
-        RuntimeError: a loss that is not finite, before it can reach the weights.
+        UserError: a loss or gradient that is not finite, before it can reach the weights.
     """
     metrics = MetricsFile(Path(config.output_dir) / "metrics.jsonl")
     block_size = model.config.max_position_embeddings
@@ -68,7 +70,16 @@ def train(
         for optimizer, full in zip(optimizers, full_rates, strict=True):
             optimizer.param_groups[0]["lr"] = full * rate
         batches = micro_batches(train_file, block_size, step, config, accelerator)
-        values = train_step(forward, optimizers, batches, step, config, accelerator)
+        try:
+            values = train_step(forward, optimizers, batches, config, accelerator)
+        except FloatingPointError as error:
+            where = describe_step(train_file, model.config, step, config, accelerator)
+            rates = ", ".join(f"{full * rate:.3g}" for full in full_rates)
+            raise UserError(
+                f"{error} at step {step + 1} with learning rates {rates} (Muon's, AdamW's), on "
+                f"{where}: the weights are untouched and the last checkpoint stands; look at these "
+                "rows, or train anew with lower rates and --overwrite true"
+            ) from error
         step += 1
         progress.update()
         seconds = time.perf_counter() - clock
@@ -101,20 +112,23 @@ def train_step(
     forward: Any,
     optimizers: list[Any],
     batches: Iterable[tuple[Tensor, Tensor]],
-    step: int,
     config: PretrainConfig,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """One optimizer step over this process's micro-batches; `loss` and `grad_norm` of all."""
+    """One optimizer step over this process's micro-batches; `loss` and `grad_norm` of all.
+
+    Raises:
+        FloatingPointError: one of them is not finite; no weight has changed.
+    """
     loss = torch.zeros((), device=accelerator.device)
     for inputs, targets in batches:
         part = token_loss(forward, inputs, targets) / config.gradient_accumulation_steps
         accelerator.backward(part)
         loss += part.detach()
     loss = accelerator.reduce(loss, "mean")
-    if not math.isfinite(loss.item()):
-        raise RuntimeError(f"loss is {loss.item()} at step {step + 1}: the weights are untouched")
     norm = accelerator.clip_grad_norm_(forward.parameters(), config.max_grad_norm)
+    if not math.isfinite(loss.item() + float(norm)):
+        raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {float(norm):.4g}")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -138,13 +152,32 @@ def micro_batches(
     file: TokenFile, block_size: int, step: int, config: PretrainConfig, accelerator: Accelerator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's micro-batches of a step: (B, T) inputs and targets on its device."""
+    starts = step_starts(file, block_size, step, config, accelerator)
+    for part in starts[accelerator.process_index :: accelerator.num_processes]:
+        inputs, targets = file.batch(part, block_size)
+        yield inputs.to(accelerator.device), targets.to(accelerator.device)
+
+
+def step_starts(
+    file: TokenFile, block_size: int, step: int, config: PretrainConfig, accelerator: Accelerator
+) -> NDArray[np.int64]:
+    """Where the windows of a step start, of all processes: (micro-batches, windows)."""
     size = config.per_device_train_batch_size
     count = config.gradient_accumulation_steps * accelerator.num_processes
     starts = training_starts(len(file), block_size, step, size * count, config.seed)
-    mine = starts.reshape(count, size)[accelerator.process_index :: accelerator.num_processes]
-    for part in mine:
-        inputs, targets = file.batch(part, block_size)
-        yield inputs.to(accelerator.device), targets.to(accelerator.device)
+    return starts.reshape(count, size)
+
+
+def describe_step(
+    file: TokenFile, sizes: Any, step: int, config: PretrainConfig, accelerator: Accelerator
+) -> str:
+    """Which rows of the training text a step reads, counted from 0, and which tokens."""
+    block_size = sizes.max_position_embeddings
+    starts = np.sort(step_starts(file, block_size, step, config, accelerator).ravel())
+    rows = source_rows(file.tokens, starts, block_size, sizes.bos_token_id)
+    named = f"rows {', '.join(map(str, rows))}, " if rows else ""
+    tokens = ", ".join(f"{start}-{start + block_size}" for start in starts)
+    return f"{named}tokens {tokens} of train.bin"
 
 
 def token_loss(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:

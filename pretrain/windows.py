@@ -31,6 +31,24 @@ def _epoch(windows: int, block_size: int, epoch: int, seed: int) -> NDArray[np.i
     return generator.permutation(windows) * block_size + offset
 
 
+def source_rows(
+    tokens: NDArray[np.unsignedinteger],
+    starts: NDArray[np.int64],
+    block_size: int,
+    bos_token_id: int,
+) -> list[int]:
+    """Which documents the windows at `starts` touch, counted from 0; none in one stream of text.
+
+    Documents of 3 tokens each: a window of 3 at token 2 has targets up to 5, in rows 0 and 1.
+    """
+    begins = np.flatnonzero(tokens == bos_token_id)
+    if not len(begins):
+        return []
+    first = np.searchsorted(begins, starts, side="right") - 1
+    last = np.searchsorted(begins, starts + block_size, side="right") - 1  # of the last target
+    return sorted({row for a, b in zip(first, last, strict=True) for row in range(a, b + 1)})
+
+
 def evaluation_spans(
     tokens: NDArray[np.unsignedinteger], block_size: int, bos_token_id: int
 ) -> list[tuple[int, int]]:

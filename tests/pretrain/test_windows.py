@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pretrain.windows import evaluation_spans, training_starts
+from pretrain.windows import evaluation_spans, source_rows, training_starts
 
 
 def test_an_epoch_covers_every_window_once() -> None:
@@ -37,3 +37,12 @@ def test_spans_begin_with_documents_that_fit() -> None:
     tokens = np.array([1, 5, 5, 1, 5, 5, 5, 1, 5], dtype=np.uint16)
     assert evaluation_spans(tokens, 5, 1) == [(0, 3), (3, 8)]
     assert evaluation_spans(np.full(9, 5, dtype=np.uint16), 5, 1) == [(0, 5), (5, 8)]
+
+
+def test_source_rows_by_hand() -> None:
+    """Seen to fail with the last target forgotten."""
+    tokens = np.array([1, 8, 9] * 4)  # 1 begins a document
+    assert source_rows(tokens, np.array([2]), 3, 1) == [0, 1]
+    assert source_rows(tokens, np.array([2]), 4, 1) == [0, 1, 2]
+    assert source_rows(tokens, np.array([9, 0]), 2, 1) == [0, 3]
+    assert source_rows(np.array([8, 9, 8]), np.array([0]), 2, 1) == []

@@ -1,0 +1,66 @@
+"""The training loop when numbers go wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from common.errors import UserError
+from common.gpt import build_config, build_gpt
+from common.token_file import TokenFile, write_token_file
+from common.tokenizer import train_characters
+from pretrain.config import PretrainConfig
+from pretrain.train import describe_step, train
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail with the loss alone looked at, and with the weights stepped beforehand."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    tokenizer = train_characters(["the cat sat"])
+    write_token_file(["the cat sat"] * 60, tokenizer, tmp_path / "train.bin", documents=True)
+    file = TokenFile(tmp_path / "train.bin")
+    torch.manual_seed(0)
+    model = build_gpt(
+        build_config(
+            "modern",
+            vocab_size=len(tokenizer),
+            block_size=16,
+            num_hidden_layers=1,
+            hidden_size=16,
+            num_attention_heads=2,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    config = PretrainConfig(
+        output_dir=str(tmp_path),
+        data="x",
+        max_steps=8,
+        per_device_train_batch_size=2,
+        warmup_steps=0,
+        decay_fraction=0.0,
+        save_steps=2,
+    )
+    calls = []
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return gradient * float("inf") if len(calls) == 5 else gradient
+
+    model.model.norm.weight.register_hook(spoil)
+    accelerator = Accelerator()
+    with pytest.raises(UserError) as stop:
+        train(model, file, file, config, accelerator)
+    message = str(stop.value)
+    assert "at step 5 with learning rates 0.02, 0.01 (Muon's, AdamW's), on rows " in message
+    assert describe_step(file, model.config, 4, config, accelerator) in message
+    assert "\n" not in message
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert checkpoint.name == "step-4"
+    saved = load_file(checkpoint / "model.safetensors")
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in saved.items())
