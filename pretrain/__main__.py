@@ -85,6 +85,8 @@ def prepare_text(task: Task, config: ModelConfig, folder: Path) -> None:
         tokenizer = train_bpe(task.tokenizer_texts(), config.vocab_size)
     else:
         tokenizer = load_tokenizer(Path(config.tokenizer))
+        if tokenizer.bos_token is None:  # Qwen3's: a document ends, and the next begins with that
+            tokenizer.bos_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
     for split in ("train", "validation"):
         path = folder / f"{split}.bin"
