@@ -230,17 +230,22 @@ def climb_scaled(
     return figures_of(SCALED, model, found["val_loss"], found["train_seconds"], SCALED_REPORTED)
 
 
-def estimate_hours(model: Any, file: TokenFile, config: PretrainConfig) -> float:
+def estimate_hours(
+    model: Any, file: TokenFile, config: PretrainConfig, accelerator: Accelerator
+) -> float:
     """Hours that the scaled-up rung would take here: the second of two steps on 4 windows."""
     block_size, windows = model.config.max_position_embeddings, 4
     seconds = 0.0
     for _ in range(2):
         start = time.perf_counter()
-        token_loss(model, *file.batch(range(windows), block_size)).backward()
+        batch = file.batch(range(windows), block_size)
+        with accelerator.autocast():  # as `train` does
+            loss = token_loss(model, *(part.to(accelerator.device) for part in batch))
+        loss.backward()
         model.zero_grad()
         seconds = time.perf_counter() - start
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return seconds * batch / windows * config.max_steps / 3600
+    step_windows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return seconds * step_windows / windows * config.max_steps / 3600
 
 
 def figures_of(
@@ -295,7 +300,7 @@ def main() -> None:
         samples.append(write_text_by(model, tokenizer, 500, config.seed))
         print(format_row(rows[-1]))
     else:
-        hours = estimate_hours(model, files[0], config)
+        hours = estimate_hours(model.to(accelerator.device), files[0], config, accelerator)
         print(f"{SCALED}: some {hours:.1f} hours here; --scaled true trains it")
     texts = [f"## {row['rung']}\n\n{text}\n" for row, text in zip(rows, samples, strict=True)]
     write_text(folder / "samples.md", "# What each rung writes\n\n" + "\n".join(texts))
