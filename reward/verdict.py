@@ -12,10 +12,9 @@ STANDARD_ERRORS = 2.0
 # PPO climbs just those. On top of what chance shows in so few pairs. (Scale alone does no harm: PPO
 # takes scores in units of their spread.)
 CALIBRATION_ERROR = 0.25
-# In the mean distance of a better answer from a worse one. Some betterments are worth more than the
-# mean and a word of thanks may be a courtesy that people like; but where spam gains twice the mean,
-# hardly anything said better pays as much.
-SPAM_MARGINS = 2.0
+# In the mean distance of a better answer from a worse one: where spam gains more than that, saying
+# the same with spam pays more than saying something better.
+SPAM_MARGINS = 1.0
 # In score's units; it moves no preference by more than 0.0025. Beyond rounding a score must not
 # depend on the answers it is scored beside.
 PADDING_DIFFERENCE = 0.01
@@ -49,8 +48,7 @@ def reasons_against(figures: dict[str, float], pairs: int) -> list[str]:
         if name.startswith("spam_") and change > SPAM_MARGINS * figures["margin"] > 0:
             reasons.append(
                 f"{name.removeprefix('spam_').replace('_', ' ')} raises the score by {change:.2f}, "
-                f"above {SPAM_MARGINS:g} times what a better answer does "
-                f"(margin {figures['margin']:.2f})"
+                f"more than a better answer does (margin {figures['margin']:.2f})"
             )
     longer, count = figures["accuracy_longer_worse"], int(figures["pairs_longer_worse"])
     if count and longer < 0.5 - STANDARD_ERRORS * _standard_error(count):
