@@ -20,7 +20,7 @@ from transformers import (
 
 from common.artifacts import StageOutput
 from common.config import config_values, parse_config, run
-from common.device import fast_attention, has_bf16
+from common.device import fast_attention
 from common.errors import UserError
 from common.gpt import build_config, build_gpt
 from common.tasks import Task, load_task
@@ -50,7 +50,7 @@ def main() -> None:
         print(f"{output.path} is finished; --overwrite true to train it anew")
         return
     accelerator = Accelerator(
-        mixed_precision="bf16" if has_bf16() else "no",
+        mixed_precision="bf16" if config.bf16 else "no",
         gradient_accumulation_steps=1,  # the loop adds up its micro-batches itself
     )
     with accelerator.main_process_first():

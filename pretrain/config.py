@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from common.device import has_bf16
 from common.errors import UserError
 
 
@@ -87,16 +88,20 @@ class PretrainConfig:
     save_steps: int = field(default=200, metadata={"help": "steps between checkpoints"})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "windows a process"})
     seed: int = field(default=0, metadata={"help": "of weights, data order and dropout"})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 products; default: where they are fast"}
+    )
     torch_compile: bool = field(
         default=False, metadata={"help": "worth its 10 to 20 s from a minute of training on"}
     )
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work.
+        """Ask the machine for its precision, and refuse what cannot work.
 
         Raises:
             UserError: a count below 1, or a share outside [0, 1].
         """
+        self.bf16 = has_bf16() if self.bf16 is None else self.bf16
         for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} ({getattr(self, name)}) must be at least 1")

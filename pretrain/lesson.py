@@ -27,7 +27,6 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from common.artifacts import StageOutput, write_json, write_text
 from common.config import config_values, parse_config, run
-from common.device import has_bf16
 from common.errors import UserError
 from common.gpt import LessonGPT, build_config, build_gpt
 from common.lesson_gpt import LessonBlock
@@ -291,7 +290,7 @@ def main() -> None:
     gap = max(float((average_by_loop(x) - other).abs().max()) for other in others)
     print(f"the past averaged by loop, matrix product and softmax: largest difference {gap:.1e}\n")
     print(f"{'rung':<32} {'parameters':>10} {'val loss':>9} {'lesson':>7} {'seconds':>8}")
-    accelerator = Accelerator(mixed_precision="bf16" if has_bf16() else "no")
+    accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no")
     rows, samples = climb(files, tokenizer, lesson, config, accelerator)
     set_seed(config.seed)
     model = make_model(model_config, tokenizer)

@@ -7,19 +7,28 @@ in float32 where the machine has no fast bfloat16 (torch's always uses bfloat16)
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from common.device import has_bf16
 
 # torch's default is 5; 3 learn as well here and cost less (docs/log.md)
 NEWTON_SCHULZ_STEPS = 3
 
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon` with batched orthogonalisation in the precision that is fast here."""
+    """`torch.optim.Muon` with batched orthogonalisation in the precision that is fast here.
+
+    Args:
+        params: matrices.
+        bf16: orthogonalise in bfloat16, as torch's does; else in float32.
+        **options: torch's.
+    """
+
+    def __init__(self, params: Iterable[Tensor], *, bf16: bool, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
@@ -32,7 +41,7 @@ class Muon(torch.optim.Muon):
                     same_shape[param.shape].append(param)
             for shape, params in same_shape.items():
                 updates = orthogonalise(
-                    torch.stack([self._momentum(param, group) for param in params]),
+                    torch.stack([self._momentum(param, group) for param in params]).to(self.dtype),
                     group["ns_coefficients"],
                     group["ns_steps"],
                 )
@@ -53,10 +62,8 @@ class Muon(torch.optim.Muon):
 def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
     """Move the singular values of each (N, A, B) matrix near 1 by Newton-Schulz steps."""
     a, b, c = coefficients
-    x = matrices.bfloat16() if has_bf16() else matrices.float()
-    tall = x.size(1) > x.size(2)
-    if tall:
-        x = x.mT
+    tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -65,7 +72,12 @@ def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], st
 
 
 def build_optimizers(
-    model: nn.Module, *, learning_rate: float, muon_learning_rate: float, weight_decay: float
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    muon_learning_rate: float,
+    weight_decay: float,
+    bf16: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """[Muon, AdamW] over all parameters of a causal model; matrices of the blocks go to Muon.
 
@@ -78,7 +90,11 @@ def build_optimizers(
     rest = [p for p in model.parameters() if id(p) not in inner]
     return [
         Muon(
-            matrices, lr=muon_learning_rate, weight_decay=weight_decay, ns_steps=NEWTON_SCHULZ_STEPS
+            matrices,
+            bf16=bf16,
+            lr=muon_learning_rate,
+            weight_decay=weight_decay,
+            ns_steps=NEWTON_SCHULZ_STEPS,
         ),
         torch.optim.AdamW(
             rest, lr=learning_rate, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True

@@ -50,6 +50,7 @@ def train(
         learning_rate=config.learning_rate,
         muon_learning_rate=config.muon_learning_rate,
         weight_decay=config.weight_decay,
+        bf16=bool(config.bf16),
     )
     full_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     net, *optimizers = accelerator.prepare(model, *optimizers)

@@ -12,7 +12,7 @@ def test_equals_torch_muon_to_bfloat16() -> None:
     ours = [nn.Parameter(torch.randn(shape)) for shape in ((8, 24), (24, 8), (8, 24))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     before = [p.detach().clone() for p in ours]
-    mine = Muon(ours, lr=0.1, weight_decay=0.1)
+    mine = Muon(ours, bf16=False, lr=0.1, weight_decay=0.1)
     other = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1)
     for _ in range(3):
         for a, b in zip(ours, theirs, strict=True):
