@@ -30,9 +30,10 @@ FILES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_yaml_parses(path: Path) -> None:
     extra = ["--data", "rows.jsonl"] if path.parent.name in ("own", "web") else []
+    stage = "pretrain" if path.parent.name == "web" else path.stem.removesuffix("_judge")
     config, args, *_ = parse_config(
-        *STAGES["pretrain" if path.parent.name == "web" else path.stem],
-        defaults=TRAINER_DEFAULTS if path.stem in ("sft", "reward", "rlhf") else None,
+        *STAGES[stage],
+        defaults=TRAINER_DEFAULTS if stage in ("sft", "reward", "rlhf") else None,
         args=["--config", str(path), *extra],
     )
     assert (getattr(config, "output_dir", None) or args.output_dir).startswith("out/")
