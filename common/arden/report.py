@@ -49,7 +49,8 @@ def main() -> None:
         missing = folders[summaries["rlhf"].index(None)]
         raise UserError(f"no finished rlhf in {missing}: run `make all` first")
     columns = {name: c for name, c in COLUMNS.items() if None not in summaries[c[0]]}
-    print("| | " + " | ".join(columns) + " |\n|---" * (1 + len(columns)) + "|")
+    print("| | " + " | ".join(columns) + " |")
+    print("|---" * (1 + len(columns)) + "|")
     counts = {name: len(asked) for name, asked in evaluation_questions(build_realm(1)).items()}
     for figure, asked in FIGURES.items():
         cells = [
