@@ -22,8 +22,8 @@ from common.config import parse_config, run
 from common.errors import UserError
 from common.lengths import LengthReport, measure_lengths
 from common.rows import Messages
-from common.stage import LabelledDataConfig
-from common.tasks import Task, load_task
+from common.stage import LabelledDataConfig, open_task
+from common.tasks import Task
 from common.tokenizer import count_unknown, load_tokenizer
 
 STAGES = ("sft", "reward")
@@ -48,13 +48,7 @@ def main() -> None:
     if stage not in STAGES:
         raise UserError(f"stage ({stage}) must be one of {', '.join(STAGES)}: give --stage")
     tokenizer = load_tokenizer(require_parent(config.model_name_or_path, config.parent_command))
-    task = load_task(
-        config.data,
-        realm_seed=config.realm_seed,
-        plays=config.plays,
-        columns=config.columns,
-        validation_fraction=config.validation_fraction,
-    )
+    task = open_task(config)
     train, held_out = (_rows(task, stage, config, part) for part in ("train", "evaluation"))
     report = measure_lengths(train, tokenizer, config.max_length)
     print(f"{stage}: {config.data}, as the tokenizer of {config.model_name_or_path} reads it\n")

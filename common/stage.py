@@ -73,6 +73,17 @@ class Stage:
     parent: Path
 
 
+def open_task(config: Any) -> Task:
+    """The data that a `DataConfig` names, as every stage after the first reads it."""
+    return load_task(
+        config.data,
+        realm_seed=config.realm_seed,
+        plays=config.plays,
+        columns=config.columns,
+        validation_fraction=config.validation_fraction,
+    )
+
+
 def open_stage(config: Any, args: TrainingArguments, **parents: str) -> Stage:
     """Check parents and output directory; checkpoints go to a folder of their own.
 
@@ -88,13 +99,7 @@ def open_stage(config: Any, args: TrainingArguments, **parents: str) -> Stage:
     sources = {"parent": hash_model(parent)}
     for role, path in parents.items():
         sources[role] = hash_model(require_parent(path, config.parent_command))
-    task = load_task(
-        config.data,
-        realm_seed=config.realm_seed,
-        plays=config.plays,
-        columns=config.columns,
-        validation_fraction=config.validation_fraction,
-    )
+    task = open_task(config)
     sources["data"] = task.fingerprint()
     values = config_values(config, args)
     output = StageOutput(str(args.output_dir), values, sources, config.overwrite)

@@ -17,8 +17,7 @@ import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import require_parent, write_json
 from common.config import parse_config, run
 from common.errors import UserError
-from common.stage import TRAINER_DEFAULTS, print_figures
-from common.tasks import load_task
+from common.stage import TRAINER_DEFAULTS, open_task, print_figures
 from common.tokenizer import load_tokenizer
 from rlhf.align import SHORT_NAMES, AlignConfig, load_reward
 from rlhf.chooser import Chooser
@@ -54,13 +53,7 @@ def main() -> None:
         BestOfConfig, AlignConfig, PPOConfig, defaults=TRAINER_DEFAULTS
     )
     parent = require_parent(config.model_name_or_path, config.parent_command)
-    task = load_task(
-        config.data,
-        realm_seed=config.realm_seed,
-        plays=config.plays,
-        columns=config.columns,
-        validation_fraction=config.validation_fraction,
-    )
+    task = open_task(config)
     tokenizer = load_tokenizer(parent)
     rewards = [load_reward(name, task, parent, config) for name in config.reward]
     weights = args.reward_weights or [1.0] * len(rewards)
