@@ -22,7 +22,6 @@ import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import MetricsFile
 from common.batches import Chat
 from common.config import parse_config, run
-from common.errors import UserError
 from common.generation import generate_answers
 from common.stage import (
     TRAINER_DEFAULTS,
@@ -38,7 +37,7 @@ from rlhf.config import PPOConfig
 from rlhf.critic import plain_policy
 from rlhf.invariants import BrokenInvariant
 from rlhf.methods import build_trainer
-from rlhf.rewards import is_function, score_answers
+from rlhf.rewards import is_function, score_answers, weigh
 
 
 def main() -> None:
@@ -53,9 +52,7 @@ def main() -> None:
         return
     tokenizer = load_tokenizer(stage.parent)
     rewards = [load_reward(name, stage.task, stage.parent, config) for name in config.reward]
-    weights = args.reward_weights or [1.0] * len(rewards)
-    if len(weights) != len(rewards):
-        raise UserError(f"reward_weights ({weights}) must be one for each of {config.reward}")
+    weights = weigh(config.reward, args.reward_weights)
     with args.main_process_first():
         if args.process_index == 0:
             stage.output.start()

@@ -22,7 +22,7 @@ from common.tokenizer import load_tokenizer
 from rlhf.align import SHORT_NAMES, AlignConfig, load_reward
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
-from rlhf.rewards import score_answers
+from rlhf.rewards import score_answers, weigh
 
 
 @dataclass
@@ -56,7 +56,7 @@ def main() -> None:
     task = open_task(config)
     tokenizer = load_tokenizer(parent)
     rewards = [load_reward(name, task, parent, config) for name in config.reward]
-    weights = args.reward_weights or [1.0] * len(rewards)
+    weights = weigh(config.reward, args.reward_weights)
     chooser = Chooser(
         AutoModelForCausalLM.from_pretrained(parent),
         tokenizer,

@@ -23,7 +23,7 @@ from trl.data_utils import is_conversational
 from common.errors import UserError
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
-from rlhf.rewards import score_answers
+from rlhf.rewards import score_answers, weigh
 from rlhf.score import as_function, turn_suffix
 from rlhf.trainer import PPOTrainer
 
@@ -71,7 +71,7 @@ def build_trainer(method: str, rewards: list[Any], args: PPOConfig, **rest: Any)
     if method == "dpo":
         return build_dpo(rewards, args, **rest)
     tokenizer = rest["processing_class"]
-    weights = [w / args.score_std for w in args.reward_weights or [1.0] * len(rewards)]
+    weights = [w / args.score_std for w in weigh(rewards, args.reward_weights)]
     batch_size, device = args.per_device_train_batch_size, args.device
     conversational = is_conversational(rest["train_dataset"][0])
     suffix = turn_suffix(tokenizer) if conversational else []
@@ -89,7 +89,7 @@ def build_dpo(
     """DPO on the best and the worst of the starting policy's answers to the prompts."""
     if eval_dataset is not None:
         raise UserError(f"eval_strategy ({args.eval_strategy}) needs rollouts: leave it out of dpo")
-    tokenizer, weights = rest["processing_class"], args.reward_weights or [1.0] * len(rewards)
+    tokenizer, weights = rest["processing_class"], weigh(rewards, args.reward_weights)
     policy: Any = AutoModelForCausalLM.from_pretrained(rest["model"])
     chooser = Chooser(
         policy.to(args.device),

@@ -57,6 +57,18 @@ def load_function(name: str) -> Callable[..., list[float | None]]:
     return found
 
 
+def weigh(rewards: Sequence[Any], weights: list[float] | None) -> list[float]:
+    """A weight for each of the rewards (or of their names), 1 where none are given.
+
+    Raises:
+        UserError: more or fewer weights than rewards.
+    """
+    weights = weights or [1.0] * len(rewards)
+    if len(weights) != len(rewards):
+        raise UserError(f"reward_weights ({weights}) must be one for each of {rewards}")
+    return weights
+
+
 def score_answers(
     rewards: Sequence[Reward],
     weights: Sequence[float],
