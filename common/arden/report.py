@@ -32,8 +32,11 @@ FIGURES = {
     "words": None,
     "gold": None,
 }
-COLUMNS = {"fine-tuned": ("rlhf", "before"), "PPO": ("rlhf", "after")}
-COLUMNS["PPO, judge as reward"] = ("rlhf_judge", "after")
+COLUMNS = {
+    "fine-tuned": ("rlhf", "before"),
+    "PPO": ("rlhf", "after"),
+    "PPO, judge as reward": ("rlhf_judge", "after"),
+}
 
 
 def main() -> None:
