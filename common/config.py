@@ -105,6 +105,9 @@ def run(main: Callable[[], None]) -> None:
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights, saved once
     try:
         main()
+        if torch.distributed.is_initialized():
+            # Left to the interpreter's end, gloo's threads abort the process now and then.
+            torch.distributed.destroy_process_group()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
