@@ -11,6 +11,7 @@ and `go` in the summary whether PPO should follow it (`reward.verdict`).
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +27,12 @@ from trl import RewardConfig, RewardTrainer
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.arden.task import ArdenTask
 from common.artifacts import MetricsFile, require_parent, require_same_tokenizer, write_text
+from common.batches import render
 from common.config import parse_config, run
 from common.errors import UserError
 from common.generation import generate_answers
 from common.lengths import measure_lengths
+from common.reward_gpt import logprob_scorer
 from common.scoring import score_chats
 from common.stage import (
     TRAINER_DEFAULTS,
@@ -64,6 +67,10 @@ class RankingConfig(LabelledDataConfig):
     eval_prompts: int = field(default=300, metadata={"help": "questions never trained on"})
     samples_per_prompt: int = field(default=4, metadata={"help": "answers drawn from the policy"})
     noise: float = field(default=0.1, metadata={"help": "the labeller's rate of error"})
+    answer_logprobs: bool = field(
+        default=False,
+        metadata={"help": "score also by how likely the model finds the answer itself"},
+    )
 
 
 def main() -> None:
@@ -94,7 +101,7 @@ def main() -> None:
     held_out = keep_fitting(held_out, tokenizer, args.max_length)
     torch.manual_seed(args.seed)  # of the new head
     trainer = RewardTrainer(
-        model=AutoModelForSequenceClassification.from_pretrained(stage.parent, num_labels=1),
+        model=build_scorer(stage.parent, tokenizer, config.answer_logprobs),
         args=args,
         train_dataset=train.select_columns(["prompt", "chosen", "rejected"]),
         processing_class=tokenizer,
@@ -126,6 +133,17 @@ def main() -> None:
     )
     stage.output.finish(model, tokenizer, summary, samples)
     print_figures("reward", summary)
+
+
+def build_scorer(
+    parent: Path, tokenizer: PreTrainedTokenizerFast, answer_logprobs: bool
+) -> PreTrainedModel:
+    """The parent with a scalar head, and with its own log-probabilities beside if asked for."""
+    if answer_logprobs:
+        question = [{"role": "user", "content": "ask"}]
+        asked, opened = (render(tokenizer, [question], ask=ask)[0] for ask in (False, True))
+        return logprob_scorer(str(parent), opened[len(asked) :])
+    return AutoModelForSequenceClassification.from_pretrained(parent, num_labels=1)
 
 
 def keep_fitting(

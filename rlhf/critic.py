@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from common.errors import UserError
+from common.reward_gpt import LogprobHead
 
 
 class Critic(nn.Module):
@@ -48,6 +49,8 @@ def build_critic(
     With the reward model's head too, its values start as normalised scores of the unfinished text.
     """
     copied = reward_model is not None and head == "copy"
+    if isinstance(reward_model, LogprobHead):
+        reward_model = reward_model.plain()
     if reward_model is not None:
         model: Any = type(reward_model)(reward_model.config)
         model.load_state_dict(reward_model.state_dict())

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import common.reward_gpt  # noqa: F401 - so that Auto classes load it
 from common.errors import UserError
 
 RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]]
@@ -114,10 +115,7 @@ class TokenScorer:
             batch_first=True,
             padding_value=self.tokenizer.pad_token_id,
         ).to(self.model.device)
-        hidden = self.model.base_model(input_ids=padded, use_cache=False).last_hidden_state
-        last = torch.tensor([len(row) - 1 for row in rows], device=padded.device)
-        states = hidden[torch.arange(len(rows), device=padded.device), last]  # (b, H)
-        return self.model.score(states)[:, 0].float()
+        return self.model(input_ids=padded, use_cache=False).logits[:, 0].float()
 
 
 def as_function(

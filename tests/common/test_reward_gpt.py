@@ -1,0 +1,110 @@
+"""The reward model that reads its own log-probabilities, against parts that are tested alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from common.batches import Chat, pad, render
+from common.gpt import build_config, build_gpt
+from common.reward_gpt import answer_starts, logprob_scorer
+from common.scoring import answer_logprobs, score_chats
+from common.tokenizer import load_tokenizer, model_vocab_size, train_bpe
+
+CHATS: list[Chat] = [
+    [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Many."}],
+    [
+        {"role": "user", "content": "How many are there?"},
+        {"role": "assistant", "content": "There are many."},
+        {"role": "user", "content": "Many?"},
+        {"role": "assistant", "content": "Many, many."},
+    ],
+]
+
+
+@pytest.fixture(params=["modern", "lesson"])
+def parent(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A GPT with weights large enough for a wrong position or mask to show, and its tokenizer."""
+    tokenizer = train_bpe(["How many are there? There are many. " * 9], 320)
+    config = build_config(
+        request.param,
+        vocab_size=model_vocab_size(tokenizer),
+        block_size=128,
+        num_hidden_layers=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config.initializer_range = 0.2
+    torch.manual_seed(0)
+    build_gpt(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(parent: Path, bias: float) -> tuple[Any, Any]:
+    """The scorer with u = 0 and b = `bias`, and the tokenizer."""
+    tokenizer = load_tokenizer(parent)
+    asked = [render(tokenizer, [CHATS[0][:1]], ask=ask)[0] for ask in (False, True)]
+    model: Any = logprob_scorer(str(parent), asked[1][len(asked[0]) :])
+    torch.nn.init.constant_(model.logprob_weight.bias, bias)
+    return model.eval(), tokenizer
+
+
+def test_score_is_the_plain_score_and_the_answer_logprobs(parent: Path) -> None:
+    """Seen to fail with the question's tokens counted, and with each token's own logit shifted."""
+    model, tokenizer = load(parent, bias=0.5)
+    plain = score_chats(model.plain(), tokenizer, CHATS)
+    language_model = AutoModelForCausalLM.from_pretrained(parent)
+    likely = answer_logprobs(language_model, tokenizer, CHATS)
+    expected = [score + 0.5 * nats for score, nats in zip(plain, likely, strict=True)]
+    assert score_chats(model, tokenizer, CHATS) == pytest.approx(expected, abs=1e-4)
+    assert max(likely) < -1  # else the second feature would not show
+
+
+def test_padding_on_either_side_changes_no_score(parent: Path) -> None:
+    """Seen to fail with the last column taken for the last token."""
+    model, tokenizer = load(parent, bias=0.5)
+    rows = render(tokenizer, CHATS)
+    alone = [model(torch.tensor([row])).logits.item() for row in rows]
+    for side in ("left", "right"):
+        ids, mask = pad(rows, tokenizer.pad_token_id, side, torch.device("cpu"))
+        scores = model(ids, attention_mask=mask).logits.squeeze(-1).tolist()
+        assert scores == pytest.approx(alone, abs=1e-4)
+
+
+def test_answer_starts_after_the_last_opening() -> None:
+    """Seen to fail with the first opening taken."""
+    ids = torch.tensor([[1, 7, 4, 9, 7, 4, 5], [1, 7, 4, 9, 9, 9, 9], [1, 4, 7, 9, 9, 9, 9]])
+    assert answer_starts(ids, [7, 4]).tolist() == [6, 3, 0]
+    assert answer_starts(ids, []).tolist() == [0, 0, 0]
+
+
+def test_starts_with_the_parents_weights_and_comes_back_from_disk(parent: Path) -> None:
+    """Seen to fail with the start weight left at zero."""
+    model, tokenizer = load(parent, bias=0.2)
+    fresh: Any = logprob_scorer(str(parent), [1])
+    assert fresh.logprob_weight.bias.item() == pytest.approx(0.2)
+    assert not fresh.logprob_weight.weight.any()
+    model.save_pretrained(parent / "scorer")
+    back = AutoModelForSequenceClassification.from_pretrained(parent / "scorer")
+    assert type(back) is type(model)
+    assert score_chats(back, tokenizer, CHATS) == score_chats(model, tokenizer, CHATS)
+
+
+def test_plain_transformers_refuses_it(parent: Path) -> None:
+    """It would score without the second feature. Seen to fail with `plain()` saved in its place."""
+    model, _ = load(parent, bias=0.2)
+    model.save_pretrained(parent / "scorer")
+    code = "import sys; from transformers import AutoModelForSequenceClassification as A\n"
+    code += "A.from_pretrained(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(parent / "scorer")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "_logprob_reward" in result.stderr
