@@ -3,6 +3,7 @@
 #   make all        the four stages on the realm of Arden, then a table
 #   make test       the tests
 #   make pretrain | sft | reward | rlhf [PROFILE=arden|shakespeare|own] [DATA=path] [ARGS="--seed 1"]
+#   make rankings   sample answers and have them ranked, before make reward (which does it else)
 #   make rlhf METHOD=ppo|rloo|grpo|dpo   by another method, into out/<profile>/rlhf_<method>
 #   make chat [STAGE=sft]
 #   make rlhf_judge   PPO on Arden with the known truth as reward, beside out/arden/rlhf
@@ -28,7 +29,7 @@ LAUNCH = $(BIN)/accelerate launch --quiet --config_file configs/accelerate/$(ACC
 BY_METHOD = $(if $(METHOD),--method $(METHOD) --output_dir out/$(PROFILE)/rlhf_$(METHOD))
 STAGES := pretrain sft reward rlhf
 
-.PHONY: setup test check check-data all chat lesson clean rlhf_judge arden-report $(STAGES)
+.PHONY: setup test check check-data all chat lesson clean rankings rlhf_judge arden-report $(STAGES)
 
 setup: .venv/installed
 
@@ -43,6 +44,9 @@ $(STAGES): setup
 all: setup
 	@for stage in $(STAGES); do $(MAKE) --no-print-directory $$stage || exit 2; done
 	$(BIN)/python -m common.report out/$(PROFILE)
+
+rankings: setup
+	$(BIN)/python -m reward.collect --config configs/$(PROFILE)/reward.yaml $(if $(DATA),--data $(DATA)) $(ARGS)
 
 rlhf_judge: setup
 	$(LAUNCH) -m rlhf --config configs/arden/rlhf_judge.yaml $(ARGS)

@@ -62,9 +62,17 @@ class StageOutput:
                     "give another --output_dir, or --overwrite true to replace it"
                 )
             if changed:
-                shutil.rmtree(self.path)
+                self._clear()
                 old = None
         self.finished = old is not None and (self.path / "summary.json").exists()
+
+    def _clear(self) -> None:
+        """Delete the run; what has a manifest of its own, as rankings have, answers for itself."""
+        for entry in self.path.iterdir():
+            if not entry.is_dir():
+                entry.unlink()
+            elif not (entry / "manifest.json").exists():
+                shutil.rmtree(entry)
 
     def _holds_work(self) -> bool:
         return (self.path / "summary.json").exists() or any(self.checkpoints.glob("*"))

@@ -34,6 +34,7 @@ class CheckConfig(LabelledDataConfig):
     """The fields of a stage's file that decide what it trains on; its others are passed over."""
 
     output_dir: str = field(default="", metadata={"help": "the stage's; holds its rankings"})
+    rankings: str = field(default="", metadata={"help": "where they lie, if elsewhere"})
     stage: str = field(default="", metadata={"help": "sft or reward; default: the file's name"})
     max_length: int | None = field(default=1024, metadata={"help": "longest sequence, tokens"})
     prompts: int = field(default=1500, metadata={"help": "questions to rank answers to"})
@@ -72,8 +73,9 @@ def _rows(task: Task, stage: str, config: CheckConfig, part: str) -> Dataset:
     if stage == "sft":
         return task.conversations("train" if part == "train" else "validation")
     split = "train" if part == "train" else config.evaluate_on
-    collected = Path(config.output_dir) / "rankings" / f"{split}.jsonl"
-    if config.output_dir and collected.exists():
+    folder = Path(config.rankings) if config.rankings else Path(config.output_dir) / "rankings"
+    collected = folder / f"{split}.jsonl"
+    if (config.rankings or config.output_dir) and collected.exists():
         return Dataset.from_json(str(collected))
     count = config.prompts if part == "train" else config.eval_prompts
     return task.rankings(lambda questions: [[] for _ in questions], split, count, config.noise)

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.batches import by_length, pad, render
+from common.batches import Chat, by_length, pad, render
 
 
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: list[str],
+    questions: list[str] | list[Chat],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -21,11 +21,14 @@ def generate_answers(
 ) -> list[list[str]]:
     """`samples` answers to each question, as plain text; greedy at temperature 0.
 
+    A question is a user's words, or the conversation so far.
+
     The space that the chat template sets before an answer is taken off.
 
     The generator's state is as before afterwards.
     """
-    rows = render(tokenizer, [[{"role": "user", "content": q}] for q in questions], ask=True)
+    chats = [[{"role": "user", "content": q}] if isinstance(q, str) else q for q in questions]
+    rows = render(tokenizer, chats, ask=True)
     answers: list[list[str]] = [[] for _ in questions]
     sampler: Any = model  # `generate` comes with a mixin that PreTrainedModel's type leaves out
     was_training = model.training

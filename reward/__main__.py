@@ -4,20 +4,17 @@
     accelerate launch -m reward --config configs/arden/reward.yaml --noise 0.2
 
 Answers are sampled from the fine-tuned model, set beside known faults and ranked by a labeller
-who errs; the GPT with a scalar head learns from the pairs (Bradley-Terry). One's own rankings
-(`prompt`, `chosen`, `rejected`) are taken as they are. `report.md` says how far it can be trusted,
-and `go` in the summary whether PPO should follow it (`reward.verdict`).
+who errs (`reward.collect`); the GPT with a scalar head learns from the pairs (Bradley-Terry). One's
+own rankings (`prompt`, `chosen`, `rejected`) are taken as they are. `report.md` says how far it can
+be trusted, and `go` in the summary whether PPO should follow it (`reward.verdict`).
 """
 
-import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -30,13 +27,11 @@ from common.artifacts import MetricsFile, require_parent, require_same_tokenizer
 from common.batches import render
 from common.config import parse_config, run
 from common.errors import UserError
-from common.generation import generate_answers
 from common.lengths import measure_lengths
 from common.reward_gpt import logprob_scorer
 from common.scoring import score_chats
 from common.stage import (
     TRAINER_DEFAULTS,
-    LabelledDataConfig,
     Stage,
     format_samples,
     open_stage,
@@ -44,6 +39,7 @@ from common.stage import (
     train_or_resume,
 )
 from common.tokenizer import load_tokenizer
+from reward.collect import RankingConfig, collect
 from reward.figures import (
     accuracy_figures,
     calibration_error,
@@ -56,42 +52,22 @@ from reward.report import draw_reliability, write_report
 from reward.verdict import reasons_against
 
 
-@dataclass
-class RankingConfig(LabelledDataConfig):
-    """How rankings are collected."""
-
-    policy: str = field(
-        default="", metadata={"help": "the model whose answers are ranked; default: the parent"}
-    )
-    prompts: int = field(default=1500, metadata={"help": "questions to rank answers to"})
-    eval_prompts: int = field(default=300, metadata={"help": "questions never trained on"})
-    samples_per_prompt: int = field(default=4, metadata={"help": "answers drawn from the policy"})
-    noise: float = field(default=0.1, metadata={"help": "the labeller's rate of error"})
-    answer_logprobs: bool = field(
-        default=False,
-        metadata={"help": "score also by how likely the model finds the answer itself"},
-    )
-
-
 def main() -> None:
-    """Collect rankings once, train, measure, leave the artifacts of `common.artifacts`."""
+    """Collect missing rankings, train, measure, leave the artifacts of `common.artifacts`."""
     config, args = parse_config(RankingConfig, RewardConfig, defaults=TRAINER_DEFAULTS)
-    config.policy = config.policy or config.model_name_or_path
+    folder = config.folder(args.output_dir)
     stage = open_stage(config, args, policy=config.policy)
     if stage.output.finished:
         print(f"{stage.output.path} is finished; --overwrite true to train it anew")
         return
     require_same_tokenizer(stage.parent, require_parent(config.policy, config.parent_command))
     tokenizer = load_tokenizer(stage.parent)
-    splits = {"train": config.prompts, config.evaluate_on: config.eval_prompts}
     with args.main_process_first():
         if args.process_index == 0:
             stage.output.start()
-            for split, count in splits.items():
-                collect(stage, config, split, count)
+            collect(config, stage.task, folder, args.device)
     train, held_out = (
-        Dataset.from_json(str(stage.output.path / "rankings" / f"{split}.jsonl"))
-        for split in splits
+        Dataset.from_json(str(folder / f"{split}.jsonl")) for split in ("train", config.evaluate_on)
     )
     lengths = measure_lengths(train, tokenizer, args.max_length)
     if args.process_index == 0:
@@ -194,30 +170,6 @@ def measure(
     figures["padding_difference"] = padding_difference(model, tokenizer, good)
     reasons = reasons_against(figures, len(pairs))
     return figures | {"go": not reasons, "no_go_reasons": reasons}
-
-
-def collect(stage: Stage, config: RankingConfig, split: str, count: int) -> None:
-    """Write `rankings/<split>.jsonl`, unless a run before this one did."""
-    path = stage.output.path / "rankings" / f"{split}.jsonl"
-    if path.exists():
-        return
-    policy = AutoModelForCausalLM.from_pretrained(config.policy)
-    tokenizer = load_tokenizer(config.policy)
-
-    def sample(questions: list[str]) -> list[list[str]]:
-        return generate_answers(
-            policy,
-            tokenizer,
-            questions,
-            max_new_tokens=config.max_new_tokens,
-            temperature=1.0,
-            samples=config.samples_per_prompt,
-            seed=1,
-        )
-
-    rows = stage.task.rankings(sample, split, count, config.noise)
-    write_text(path, "".join(f"{line}\n" for line in map(json.dumps, rows)))
-    print(f"reward: {len(rows):,} ranked pairs for {split}")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,17 @@ def test_a_run_without_a_checkpoint_is_replaced(tmp_path: Path) -> None:
         start(tmp_path / "reward")
 
 
+def test_rankings_outlive_the_run_that_they_lie_in(tmp_path: Path) -> None:
+    """They have a manifest of their own; samples beside have none. Broken by deleting it all."""
+    output = start(tmp_path / "reward")
+    write_text(start(output.path / "rankings").path / "train.jsonl", "minutes of sampling")
+    write_text(output.path / "samples" / "x", "")
+    write_json(output.path / "summary.json", {})
+    start(tmp_path / "reward", seed=1, overwrite=True)
+    assert (output.path / "rankings" / "train.jsonl").exists()
+    assert not (output.path / "samples").exists() and not (output.path / "summary.json").exists()
+
+
 def test_finished_is_a_summary(tmp_path: Path) -> None:
     output = start(tmp_path)
     write_json(output.path / "summary.json", {})

@@ -1,0 +1,221 @@
+"""Ranked answers, a step of its own: sampled from a model, put in order by a labeller.
+
+    make rankings
+    python -m reward.collect --config configs/arden/reward.yaml --labeller out/other/reward
+
+Leaves `<split>.jsonl` with the pairs, and in `checkpoints/` every prompt with its answers, some
+prompts a file: a killed run goes on after the last of them. With a list `scores` added to each row
+such a file is a set of rankings by hand, which `labeller` takes. The reward stage collects by
+itself what is missing.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl import RewardConfig
+
+import common.gpt  # noqa: F401 - so that Auto classes load our GPT
+from common.artifacts import StageOutput, hash_model, require_parent, write_text
+from common.batches import Chat
+from common.config import config_values, parse_config, run
+from common.data import dataset_fingerprint
+from common.errors import UserError
+from common.generation import generate_answers
+from common.scoring import score_chats
+from common.stage import TRAINER_DEFAULTS, LabelledDataConfig, open_task
+from common.tasks import Task, load_task
+from common.tokenizer import load_tokenizer
+
+BY_DATA = "data"
+SHARD = 256  # prompts whose answers are kept together
+# What decides the rankings; `evaluate_on` does not, each split has a file of its own.
+IDENTITY = (
+    *("data", "columns", "plays", "realm_seed", "validation_fraction", "max_new_tokens"),
+    *("policy", "prompts", "eval_prompts", "samples_per_prompt", "labeller", "noise"),
+)
+
+Prompts = list[str] | list[Chat]
+
+
+@dataclass
+class RankingConfig(LabelledDataConfig):
+    """How rankings are collected."""
+
+    policy: str = field(
+        default="", metadata={"help": "the model whose answers are ranked; default: the parent"}
+    )
+    prompts: int = field(default=1500, metadata={"help": "questions to rank answers to"})
+    eval_prompts: int = field(default=300, metadata={"help": "questions never trained on"})
+    samples_per_prompt: int = field(default=4, metadata={"help": "answers drawn from the policy"})
+    labeller: str = field(
+        default=BY_DATA,
+        metadata={
+            "help": "who ranks: data (Arden's judge, who errs; a play's own replies; the rankings "
+            "that the data is), a reward model's directory, or a file of rankings"
+        },
+    )
+    noise: float = field(default=0.1, metadata={"help": "how often Arden's labeller errs"})
+    rankings: str = field(
+        default="", metadata={"help": "where they lie; default: rankings in the output_dir"}
+    )
+
+    def __post_init__(self) -> None:
+        """The policy is the parent unless said otherwise; the labeller must be there."""
+        self.policy = self.policy or self.model_name_or_path
+        if self.labeller != BY_DATA and not Path(self.labeller).exists():
+            raise UserError(
+                f"labeller ({self.labeller}) must be {BY_DATA}, or the path of a reward model or "
+                "of a file of rankings: there is none"
+            )
+
+    @property
+    def labeller_is_model(self) -> bool:
+        """Whether another reward model ranks."""
+        return (Path(self.labeller) / "config.json").exists()
+
+    def folder(self, output_dir: str | None) -> Path:
+        """Where the rankings of a stage lie."""
+        return Path(self.rankings) if self.rankings else Path(str(output_dir)) / "rankings"
+
+
+def main() -> None:
+    """Collect the rankings that the reward stage of the same configuration takes."""
+    config, args = parse_config(RankingConfig, RewardConfig, defaults=TRAINER_DEFAULTS)
+    folder = config.folder(args.output_dir)
+    collect(config, open_task(config), folder, args.device)
+    for path in sorted(folder.glob("*.jsonl")):
+        print(f"rankings: {path}, {len(path.read_text(encoding='utf-8').splitlines()):,} pairs")
+
+
+def collect(config: RankingConfig, task: Task, folder: Path, device: torch.device) -> None:
+    """Write `folder/<split>.jsonl` for train and evaluation, unless a run before this one did.
+
+    Raises:
+        UserError: the policy is missing, or the folder holds rankings of another configuration.
+    """
+    sources = {
+        "policy": hash_model(require_parent(config.policy, config.parent_command)),
+        "data": task.fingerprint(),
+    }
+    if config.labeller_is_model:
+        sources["labeller"] = hash_model(Path(config.labeller))
+    elif config.labeller != BY_DATA:
+        sources["labeller"] = dataset_fingerprint(config.labeller)
+    values = {name: value for name, value in config_values(config).items() if name in IDENTITY}
+    output = StageOutput(str(folder), values, sources, config.overwrite)
+    output.start()
+    for split, count in (("train", config.prompts), (config.evaluate_on, config.eval_prompts)):
+        path = folder / f"{split}.jsonl"
+        if not path.exists():
+            sample = keep_shards(sampler(config, device), output.checkpoints, split)
+            rows = label(config, task, sample, split, count, device)
+            write_text(path, "".join(f"{line}\n" for line in map(json.dumps, rows)))
+
+
+def sampler(config: RankingConfig, device: torch.device) -> Callable[..., list[list[str]]]:
+    """Prompts and a seed -> `samples_per_prompt` answers each, at temperature 1."""
+    policy: Any = AutoModelForCausalLM.from_pretrained(config.policy)
+    return partial(
+        generate_answers,
+        policy.to(device),
+        load_tokenizer(config.policy),
+        max_new_tokens=config.max_new_tokens,
+        temperature=1.0,
+        samples=config.samples_per_prompt,
+    )
+
+
+def keep_shards(sample: Callable[..., list[list[str]]], folder: Path, split: str) -> Any:
+    """`sample`, with its answers in `folder/<split>-<number>.jsonl`, from where they are taken.
+
+    A shard's seed is its number, so that what a killed run had left does not matter.
+    """
+
+    def answer(prompts: Prompts) -> list[list[str]]:
+        answers: list[list[str]] = []
+        for first in tqdm(range(0, len(prompts), SHARD), desc=f"answers, {split}"):
+            number = first // SHARD
+            path = folder / f"{split}-{number:05d}.jsonl"
+            if not path.exists():
+                asked = prompts[first : first + SHARD]
+                rows = [
+                    {"prompt": prompt, "answers": several}
+                    for prompt, several in zip(asked, sample(asked, seed=number), strict=True)
+                ]
+                write_text(path, "".join(f"{line}\n" for line in map(json.dumps, rows)))
+            lines = path.read_text(encoding="utf-8").splitlines()
+            answers += [json.loads(line)["answers"] for line in lines]
+        return answers
+
+    return answer
+
+
+def label(
+    config: RankingConfig, task: Task, sample: Any, split: str, count: int, device: torch.device
+) -> Dataset:
+    """`prompt`, `chosen`, `rejected`, `kind`, `flipped` rows, as the labeller puts them."""
+    if config.labeller == BY_DATA:
+        return task.rankings(sample, split, count, config.noise)
+    if not config.labeller_is_model:
+        theirs = load_task(config.labeller, validation_fraction=config.validation_fraction)
+        return theirs.rankings(sample, split, count, config.noise)
+    prompts = list(task.prompt_rows(split, count)["prompt"])
+    return rank_by_model(config.labeller, prompts, sample(prompts), device)
+
+
+def rank_by_model(
+    labeller: str, prompts: list[Chat], answers: list[list[str]], device: torch.device
+) -> Dataset:
+    """Every two different answers to a prompt, the one that the reward model scores higher chosen.
+
+    Returns:
+        rows with `prompt`, `chosen`, `rejected`, `kind` (by_model), `flipped` (False).
+
+    Raises:
+        UserError: no prompt has two different answers.
+    """
+    model: Any = AutoModelForSequenceClassification.from_pretrained(labeller, dtype=torch.float32)
+    different = [list(dict.fromkeys(several)) for several in answers]
+    chats = [
+        [*prompt, _assistant(answer)]
+        for prompt, several in zip(prompts, different, strict=True)
+        for answer in several
+    ]
+    scores = iter(score_chats(model.to(device), load_tokenizer(labeller), chats))
+    rows = []
+    for prompt, several in zip(prompts, different, strict=True):
+        scored = sorted(((next(scores), answer) for answer in several), reverse=True)
+        for (high, better), (low, worse) in combinations(scored, 2):
+            if high > low:
+                rows.append(
+                    {
+                        "prompt": prompt,
+                        "chosen": [_assistant(better)],
+                        "rejected": [_assistant(worse)],
+                        "kind": "by_model",
+                        "flipped": False,
+                    }
+                )
+    if not rows:
+        raise UserError(
+            "the policy gives no prompt two different answers, so there is nothing to rank: "
+            "raise samples_per_prompt"
+        )
+    return Dataset.from_list(rows)
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,109 @@
+"""Collecting rankings: what a killed run leaves, and who ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from common.config import parse_config
+from common.errors import UserError
+from common.scoring import score_chats
+from common.tasks import load_task
+from common.tokenizer import load_tokenizer
+from reward import collect as module
+from reward.collect import RankingConfig, collect, keep_shards, rank_by_model
+from tests.toy import save_toy
+
+CPU = torch.device("cpu")
+
+
+def made_up(prompts: list[str], seed: int) -> list[list[str]]:
+    return [[f"{prompt} {seed} {n}" for n in range(2)] for prompt in prompts]
+
+
+def test_a_killed_collection_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three shards of two prompts, killed in the second: it is the only one asked for again, with
+    the last, and nothing differs from a run of one piece. Broken by taking the count of shards made
+    in this run as the seed."""
+    monkeypatch.setattr(module, "SHARD", 2)
+    prompts = ["a", "b", "c", "d", "e"]
+    asked: list[Any] = []
+
+    def killed(prompts: list[str], seed: int) -> list[list[str]]:
+        asked.append((prompts, seed))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return made_up(prompts, seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        keep_shards(killed, tmp_path / "a", "train")(prompts)
+    resumed = keep_shards(killed, tmp_path / "a", "train")(prompts)
+    assert asked == [(["a", "b"], 0), (["c", "d"], 1), (["c", "d"], 1), (["e"], 2)]
+    assert resumed == keep_shards(made_up, tmp_path / "b", "train")(prompts)
+    assert resumed[4] == ["e 2 0", "e 2 1"]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy and, from the same weights, a reward model."""
+    path = tmp_path_factory.mktemp("toy")
+    save_toy(path / "policy")
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(
+        path / "policy", num_labels=1
+    ).save_pretrained(path / "reward")
+    load_tokenizer(path / "policy").save_pretrained(path / "reward")
+    return path
+
+
+def test_a_reward_model_ranks_all_pairs(toy: Path) -> None:
+    """Three answers, one twice: three pairs, as their scores have it. Broken by rising order."""
+    prompts = [[{"role": "user", "content": "Who?"}], [{"role": "user", "content": "Where?"}]]
+    answers = [["Ann", "Bob", "Bob", "Cleopatra"], ["here", "here", "here", "here"]]
+    rows = rank_by_model(str(toy / "reward"), prompts, answers, CPU)
+    model = AutoModelForSequenceClassification.from_pretrained(toy / "reward")
+    said = ["Ann", "Bob", "Cleopatra"]
+    chats = [[*prompts[0], {"role": "assistant", "content": text}] for text in said]
+    scores = dict(zip(said, score_chats(model, load_tokenizer(toy / "reward"), chats), strict=True))
+    pairs = [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows]
+    assert len(pairs) == len(set(pairs)) == 3
+    assert all(scores[better] > scores[worse] for better, worse in pairs)
+    with pytest.raises(UserError, match="raise samples_per_prompt"):
+        rank_by_model(str(toy / "reward"), prompts[1:], answers[1:], CPU)
+
+
+def configure(toy: Path, data: Path, **fields: Any) -> RankingConfig:
+    given = {"model_name_or_path": toy / "policy", "data": data, "max_new_tokens": 4} | fields
+    flags = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    return parse_config(RankingConfig, args=flags)[0]
+
+
+def test_each_labeller_and_another_configuration(toy: Path, tmp_path: Path) -> None:
+    """Broken by leaving the labeller out of the identity: the second run then kept the first's."""
+    questions, ranked = tmp_path / "asked.jsonl", tmp_path / "ranked.jsonl"
+    asked = [{"prompt": f"How many are {n}?"} for n in range(20)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    pairs = [row | {"chosen": "There are many.", "rejected": "No."} for row in asked]
+    ranked.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    folder = tmp_path / "rankings"
+    by_model = {"labeller": toy / "reward", "prompts": 8, "eval_prompts": 1}
+    by_model["validation_fraction"] = 0.1
+
+    def run(**fields: Any) -> list[dict[str, Any]]:
+        config = configure(toy, questions, **fields)
+        collect(config, load_task(str(questions), validation_fraction=0.1), folder, CPU)
+        return [json.loads(line) for line in (folder / "train.jsonl").open()]
+
+    drawn = run(**by_model)
+    assert {row["kind"] for row in drawn} == {"by_model"}
+    assert len({row["prompt"][0]["content"] for row in drawn}) == 8
+    assert drawn == run(**by_model)
+    with pytest.raises(UserError, match="holds a run with"):
+        run(labeller=ranked, validation_fraction=0.1)
+    given = run(labeller=ranked, validation_fraction=0.1, overwrite="true")
+    assert len(given) == 18 and given[0]["rejected"][0]["content"] == "No."
+    with pytest.raises(UserError, match=r"labeller \(nobody\) must be data"):
+        configure(toy, questions, labeller="nobody")
