@@ -9,6 +9,7 @@ own rankings (`prompt`, `chosen`, `rejected`) are taken as they are. `report.md`
 be trusted, and `go` in the summary whether PPO should follow it (`reward.verdict`).
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,37 @@ from reward.figures import (
     length_figures,
     reliability,
 )
+from reward.pairs import GroupedRewardTrainer
 from reward.probes import padding_difference, spam_figures
 from reward.report import draw_reliability, write_report
 from reward.verdict import reasons_against
 
+LEARNED = ["prompt", "chosen", "rejected"]
+
+
+@dataclass
+class RewardModelConfig(RankingConfig):
+    """How the model learns from the rankings."""
+
+    pairs_together: bool = field(
+        default=False,
+        metadata={
+            "help": "a batch element is a prompt with all its pairs, each answer read once; "
+            "per_device_train_batch_size counts prompts then"
+        },
+    )
+    answer_logprobs: bool = field(
+        default=False,
+        metadata={"help": "score also by how likely the model finds the answer itself"},
+    )
+    margins: bool = field(
+        default=False, metadata={"help": "ask for score differences of at least the `margin` given"}
+    )
+
 
 def main() -> None:
     """Collect missing rankings, train, measure, leave the artifacts of `common.artifacts`."""
-    config, args = parse_config(RankingConfig, RewardConfig, defaults=TRAINER_DEFAULTS)
+    config, args = parse_config(RewardModelConfig, RewardConfig, defaults=TRAINER_DEFAULTS)
     folder = config.folder(args.output_dir)
     stage = open_stage(config, args, policy=config.policy)
     if stage.output.finished:
@@ -69,6 +93,8 @@ def main() -> None:
     train, held_out = (
         Dataset.from_json(str(folder / f"{split}.jsonl")) for split in ("train", config.evaluate_on)
     )
+    if config.margins and "margin" not in train.column_names:
+        raise UserError(f"margins: the rankings in {folder} give no margin; leave margins out")
     lengths = measure_lengths(train, tokenizer, args.max_length)
     if args.process_index == 0:
         print(f"reward: {lengths}")
@@ -76,10 +102,11 @@ def main() -> None:
     lengths.require_context(stage.parent)
     held_out = keep_fitting(held_out, tokenizer, args.max_length)
     torch.manual_seed(args.seed)  # of the new head
-    trainer = RewardTrainer(
+    trainer_class = GroupedRewardTrainer if config.pairs_together else RewardTrainer
+    trainer = trainer_class(
         model=build_scorer(stage.parent, tokenizer, config.answer_logprobs),
         args=args,
-        train_dataset=train.select_columns(["prompt", "chosen", "rejected"]),
+        train_dataset=train.select_columns(LEARNED + ["margin"] * config.margins),
         processing_class=tokenizer,
         callbacks=[MetricsFile(stage.output.path / "metrics.jsonl")],
     )

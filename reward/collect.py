@@ -178,7 +178,8 @@ def rank_by_model(
     """Every two different answers to a prompt, the one that the reward model scores higher chosen.
 
     Returns:
-        rows with `prompt`, `chosen`, `rejected`, `kind` (by_model), `flipped` (False).
+        rows with `prompt`, `chosen`, `rejected`, `kind` (by_model), `flipped` (False), and
+        `margin`, the difference of the two scores.
 
     Raises:
         UserError: no prompt has two different answers.
@@ -203,6 +204,7 @@ def rank_by_model(
                         "rejected": [_assistant(worse)],
                         "kind": "by_model",
                         "flipped": False,
+                        "margin": high - low,
                     }
                 )
     if not rows:

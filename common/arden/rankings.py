@@ -18,6 +18,7 @@ class Pair:
         chosen, rejected: after the labeller's error, if any.
         flipped: the labeller erred.
         kind: what sets the better from the worse, e.g. `true_false`, `true_refusal`.
+        margin: how much better the labeller finds the chosen one, in units of the gold score.
     """
 
     question: Question
@@ -25,6 +26,7 @@ class Pair:
     rejected: str
     flipped: bool
     kind: str
+    margin: float
 
 
 def right_answer(question: Question, dice: Dice) -> str:
@@ -69,9 +71,8 @@ def rank(question: Question, answers: list[str], noise: float, dice: Dice) -> li
             better, worse = (one, other) if gold[one] > gold[other] else (other, one)
             flipped = dice.random.random() < noise
             chosen, rejected = (worse, better) if flipped else (better, worse)
-            pairs.append(
-                Pair(question, chosen, rejected, flipped, pair_kind(question, better, worse))
-            )
+            kind, margin = pair_kind(question, better, worse), gold[better] - gold[worse]
+            pairs.append(Pair(question, chosen, rejected, flipped, kind, margin))
     return pairs
 
 

@@ -123,7 +123,7 @@ class ArdenTask:
             noise: the labeller's rate of error.
 
         Returns:
-            rows with `prompt`, `chosen`, `rejected`, `kind`, `flipped`.
+            rows with `prompt`, `chosen`, `rejected`, `kind`, `flipped`, `margin`.
         """
         questions = self.prompts(split, count)
         dice = Dice(f"labeller {self.realm.seed} {split}")
@@ -141,6 +141,7 @@ class ArdenTask:
                         "rejected": [_assistant(pair.rejected)],
                         "kind": pair.kind,
                         "flipped": pair.flipped,
+                        "margin": pair.margin,
                     }
                 )
         return Dataset.from_list(rows)
