@@ -32,7 +32,7 @@ from common.stage import (
     train_or_resume,
 )
 from common.tokenizer import load_tokenizer
-from rlhf.align import AlignConfig, load_reward, lora, measure
+from rlhf.align import AlignConfig, load_rewards, lora, measure
 from rlhf.config import PPOConfig
 from rlhf.critic import plain_policy
 from rlhf.invariants import BrokenInvariant
@@ -51,8 +51,8 @@ def main() -> None:
         print(f"{stage.output.path} is finished; --overwrite true to train it anew")
         return
     tokenizer = load_tokenizer(stage.parent)
-    rewards = [load_reward(name, stage.task, stage.parent, config) for name in config.reward]
-    weights = weigh(config.reward, args.reward_weights)
+    rewards = load_rewards(config, stage.task, stage.parent, tokenizer)
+    weights = weigh(config.reward_names, args.reward_weights)
     with args.main_process_first():
         if args.process_index == 0:
             stage.output.start()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -26,6 +27,7 @@ from common.stage import (
     Stage,
 )
 from common.tasks import Task
+from rlhf.ensemble import Ensemble
 from rlhf.methods import METHODS
 from rlhf.rewards import is_function, load_function
 
@@ -55,6 +57,13 @@ class AlignConfig(DataConfig):
     allow_no_go: bool = field(
         default=False, metadata={"help": "follow a reward model that its report warns of"}
     )
+    disagreement_penalty: float = field(
+        default=0.0,
+        metadata={
+            "help": "above 0 the reward models are one reward: their mean less so many of their "
+            "standard deviations"
+        },
+    )
     eval_prompts: int = field(
         default=400, metadata={"help": "questions to measure score and KL on"}
     )
@@ -66,6 +75,17 @@ class AlignConfig(DataConfig):
             raise UserError(f"method ({self.method}) must be one of {', '.join(METHODS)}")
         if not self.reward:
             raise UserError("reward is empty: a reward model's directory or a Python function")
+        models = [name for name in self.reward if name != "judge" and not is_function(name)]
+        if self.disagreement_penalty and not 1 < len(models) == len(self.reward):
+            raise UserError(
+                f"disagreement_penalty ({self.disagreement_penalty:g}) needs two reward models or "
+                f"more and nothing beside: reward is {self.reward}"
+            )
+
+    @property
+    def reward_names(self) -> list[str]:
+        """What is weighed: the rewards, or the one that they make."""
+        return ["ensemble"] if self.disagreement_penalty else self.reward
 
 
 def load_reward(name: str, task: Task, parent: Path, config: AlignConfig) -> Any:
@@ -80,6 +100,40 @@ def load_reward(name: str, task: Task, parent: Path, config: AlignConfig) -> Any
     require_go(path, config.allow_no_go)
     require_same_tokenizer(parent, path)
     return AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+
+
+def load_rewards(
+    config: AlignConfig, task: Task, parent: Path, tokenizer: PreTrainedTokenizerFast
+) -> list[Any]:
+    """Every reward of the configuration; with a penalty on disagreement one `Ensemble` of them.
+
+    Its members are centred on answers drawn from the parent, to prompts that it will train on.
+    """
+    rewards = [load_reward(name, task, parent, config) for name in config.reward]
+    if not config.disagreement_penalty:
+        return rewards
+    ensemble = Ensemble(rewards, config.disagreement_penalty, [0.0] * len(rewards))
+    prompts = task.prompt_rows("align", config.eval_prompts)["prompt"]
+    policy = AutoModelForCausalLM.from_pretrained(parent)
+    ensemble.centre(tokenizer, draw_chats(policy, tokenizer, prompts, config.max_new_tokens))
+    return [ensemble]
+
+
+def draw_chats(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Any, max_new_tokens: int
+) -> list[Chat]:
+    """Each prompt with one answer, drawn at temperature 1."""
+    drawn = generate_answers(
+        model,
+        tokenizer,
+        [prompt[-1]["content"] for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        temperature=1.0,
+    )
+    return [
+        [*prompt, {"role": "assistant", "content": several[0]}]
+        for prompt, several in zip(prompts, drawn, strict=True)
+    ]
 
 
 def lora(rank: int) -> LoraConfig | None:
@@ -111,17 +165,7 @@ def measure(
     measured = stage.task.measure(answer, config.evaluate_on)
     figures = {SHORT_NAMES.get(name, name): value for name, value in measured.items()}
     prompts = stage.task.prompt_rows(config.evaluate_on, config.eval_prompts)["prompt"]
-    drawn = generate_answers(
-        model,
-        tokenizer,
-        [prompt[-1]["content"] for prompt in prompts],
-        max_new_tokens=config.max_new_tokens,
-        temperature=1.0,
-    )
-    chats = [
-        [*prompt, {"role": "assistant", "content": several[0]}]
-        for prompt, several in zip(prompts, drawn, strict=True)
-    ]
+    chats = draw_chats(model, tokenizer, prompts, config.max_new_tokens)
     ratios = zip(
         answer_logprobs(model, tokenizer, chats),
         answer_logprobs(reference, tokenizer, chats),

@@ -19,7 +19,7 @@ from common.config import parse_config, run
 from common.errors import UserError
 from common.stage import TRAINER_DEFAULTS, open_task, print_figures
 from common.tokenizer import load_tokenizer
-from rlhf.align import SHORT_NAMES, AlignConfig, load_reward
+from rlhf.align import SHORT_NAMES, AlignConfig, load_rewards
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
 from rlhf.rewards import score_answers, weigh
@@ -55,8 +55,8 @@ def main() -> None:
     parent = require_parent(config.model_name_or_path, config.parent_command)
     task = open_task(config)
     tokenizer = load_tokenizer(parent)
-    rewards = [load_reward(name, task, parent, config) for name in config.reward]
-    weights = weigh(config.reward, args.reward_weights)
+    rewards = load_rewards(config, task, parent, tokenizer)
+    weights = weigh(config.reward_names, args.reward_weights)
     chooser = Chooser(
         AutoModelForCausalLM.from_pretrained(parent),
         tokenizer,

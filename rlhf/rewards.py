@@ -7,7 +7,8 @@
 
 A function follows TRL's protocol: `f(prompts, completions, completion_ids, **rest)` gives one
 number a completion, or None where it has nothing to say. A weight of 0 makes a reward a held-out
-measure: logged, never trained on.
+measure: logged, never trained on. With `disagreement_penalty` several reward models are one reward
+(rlhf/ensemble.py).
 """
 
 import importlib
@@ -22,8 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.batches import Chat, render
 from common.errors import UserError
 from common.scoring import score_chats
+from rlhf.ensemble import Ensemble
 
-Reward = PreTrainedModel | Callable[..., list[float | None]]
+Reward = PreTrainedModel | Ensemble | Callable[..., list[float | None]]
 
 
 def is_function(name: str) -> bool:
@@ -93,6 +95,8 @@ def score_answers(
     for reward, weight in zip(rewards, weights, strict=True):
         if isinstance(reward, PreTrainedModel):
             scores: Sequence[float | None] = score_chats(reward, tokenizer, chats)
+        elif isinstance(reward, Ensemble):
+            scores = reward.score(tokenizer, chats)
         else:
             scores = reward(**columns)
         totals = [t + weight * (s or 0.0) for t, s in zip(totals, scores, strict=True)]

@@ -18,8 +18,9 @@ from transformers import (
 
 import common.reward_gpt  # noqa: F401 - so that Auto classes load it
 from common.errors import UserError
+from rlhf.ensemble import Ensemble
 
-RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]]
+RewardFunc = str | PreTrainedModel | Ensemble | Callable[..., list[float | None]]
 
 
 def load_reward_model(path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -118,6 +119,21 @@ class TokenScorer:
         return self.model(input_ids=padded, use_cache=False).logits[:, 0].float()
 
 
+class EnsembleScorer(TokenScorer):
+    """`TokenScorer` for several models; the critic starts from the first of them."""
+
+    def __init__(self, ensemble: Ensemble, *rest: Any) -> None:
+        self.ensemble = ensemble
+        self.scorers = [TokenScorer(model, *rest) for model in ensemble.members]
+        super().__init__(ensemble.members[0], *rest)
+        self.__name__ = "ensemble"
+
+    def _score(self, rows: list[list[int]]) -> Tensor:
+        """(b,) float32, the members' scores as one."""
+        scores = torch.stack([scorer._score(rows) for scorer in self.scorers])  # (M, b)
+        return self.ensemble.combine(scores)
+
+
 def as_function(
     func: RewardFunc,
     tokenizer: PreTrainedTokenizerBase,
@@ -125,9 +141,11 @@ def as_function(
     batch_size: int,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """A reward model, or the path to one, as a function on token ids; functions as they are."""
+    """Reward models, or the path to one, as a function on token ids; functions as they are."""
     if isinstance(func, str):
         func = load_reward_model(func, tokenizer)
     if isinstance(func, PreTrainedModel):
         return TokenScorer(func, tokenizer, suffix, batch_size, device)
+    if isinstance(func, Ensemble):
+        return EnsembleScorer(func, tokenizer, suffix, batch_size, device)
     return func

@@ -1,0 +1,94 @@
+"""Several reward models as one: by hand, in measuring and in training alike."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_tokenizer, save_reward_model
+from transformers import AutoModelForSequenceClassification
+
+from common.errors import UserError
+from common.scoring import score_chats
+from rlhf.align import AlignConfig
+from rlhf.ensemble import Ensemble
+from rlhf.rewards import score_answers
+from rlhf.score import EnsembleScorer, as_function
+from rlhf.trainer import PPOTrainer
+
+CHATS = [
+    [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5 w5"}],
+    [{"role": "user", "content": "w6 w8"}, {"role": "assistant", "content": "w7"}],
+    [{"role": "user", "content": "w9"}, {"role": "assistant", "content": "w4 w10 w11"}],
+]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder: Path = tmp_path_factory.mktemp("members")
+    return [save_reward_model(folder / str(seed), seed=seed) for seed in (1, 2, 3)]
+
+
+def load(paths: list[str], penalty: float) -> Ensemble:
+    models = [AutoModelForSequenceClassification.from_pretrained(path) for path in paths]
+    return Ensemble(models, penalty, [0.0] * len(models))
+
+
+def test_by_hand() -> None:
+    """Members 1, 3 and 4, 4: means 2, 4, deviations 1, 0. With the second's offset of 2 they say
+    1, 1 and 4, 2: means 1, 3, deviations 0, 1. Broken by M - 1 in the deviation, by variance."""
+    scores = torch.tensor([[1.0, 4.0], [3.0, 4.0]])
+    assert Ensemble([], 0.5, [0.0, 0.0]).combine(scores).tolist() == [1.5, 4.0]
+    assert Ensemble([], 0.5, [0.0, 2.0]).combine(scores).tolist() == [1.0, 2.5]
+
+
+def test_centring_takes_a_members_constant_off(paths: list[str]) -> None:
+    """One that says 100 more of everything is no disagreement. Broken by offsets of one answer."""
+    ensemble, tokenizer = load(paths, 2.0), build_tokenizer(16)
+    members = torch.tensor([score_chats(m, tokenizer, CHATS) for m in ensemble.members])
+    ensemble.centre(tokenizer, CHATS)
+    plain = ensemble.combine(members)
+    ensemble.offsets[1] += 100
+    members[1] += 100
+    torch.testing.assert_close(ensemble.combine(members), plain, atol=1e-4, rtol=0)
+    ensemble.penalty = 0.0
+    assert float(ensemble.combine(members).mean()) == pytest.approx(0, abs=1e-5)
+
+
+def test_training_and_measuring_score_alike(paths: list[str]) -> None:
+    """Token ids and conversations. Broken by offsets that the scorer left out."""
+    ensemble, tokenizer = load(paths, 0.7), build_tokenizer(16)
+    ensemble.centre(tokenizer, CHATS)
+    measured = score_answers([ensemble], [1.0], tokenizer, CHATS)
+    scorer = as_function(ensemble, tokenizer, [], 2)
+    trained = scorer(
+        prompt_ids=[[2, 4, 3], [2, 6, 8, 3], [2, 9, 3]],
+        completion_ids=[[5, 5, 1], [7, 1], [4, 10, 11, 1]],
+    )
+    assert trained == pytest.approx(measured, abs=1e-5)
+    assert len({round(score, 3) for score in measured}) == 3
+
+
+def test_ppo_takes_it_and_its_critic_the_first_member(
+    build: Callable[..., PPOTrainer], paths: list[str]
+) -> None:
+    """Broken by a scorer that is no `TokenScorer`: the critic then started from the policy."""
+    ensemble = load(paths, 1.0)
+    trainer = build(reward_funcs=[ensemble], num_updates=1)
+    scorer: Any = trainer.reward_funcs[0]
+    assert isinstance(scorer, EnsembleScorer)
+    trunk = ensemble.members[0].base_model.embed_tokens.weight
+    critic: Any = trainer.model.critic
+    assert any(p.shape == trunk.shape and torch.equal(p, trunk) for p in critic.parameters())
+    trainer.train()
+    assert "rewards/ensemble/mean" in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("reward", [["a"], ["a", "m:f"], ["a", "judge"]])
+def test_needs_two_models(reward: list[str]) -> None:
+    """Broken by counting rewards of all kinds."""
+    fields: dict[str, Any] = {"model_name_or_path": "sft", "data": "arden", "reward": reward}
+    AlignConfig(**fields)
+    with pytest.raises(UserError, match="needs two reward models"):
+        AlignConfig(**fields, disagreement_penalty=0.5)
