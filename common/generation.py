@@ -53,3 +53,23 @@ def generate_answers(
                 answers[places[row // samples]].append(text.removeprefix(" "))
     model.train(was_training)
     return answers
+
+
+def draw_chats(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Chat],
+    max_new_tokens: int,
+) -> list[Chat]:
+    """Each prompt with one answer, drawn at temperature 1."""
+    drawn = generate_answers(
+        model,
+        tokenizer,
+        [prompt[-1]["content"] for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        temperature=1.0,
+    )
+    return [
+        [*prompt, {"role": "assistant", "content": several[0]}]
+        for prompt, several in zip(prompts, drawn, strict=True)
+    ]

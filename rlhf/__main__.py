@@ -32,10 +32,11 @@ from common.stage import (
     train_or_resume,
 )
 from common.tokenizer import load_tokenizer
-from rlhf.align import AlignConfig, load_rewards, lora, measure
+from rlhf.align import AlignConfig, load_rewards, lora
 from rlhf.config import PPOConfig
 from rlhf.critic import plain_policy
 from rlhf.invariants import BrokenInvariant
+from rlhf.measure import measure, measure_best_of
 from rlhf.methods import build_trainer
 from rlhf.rewards import is_function, score_answers, weigh
 
@@ -88,6 +89,8 @@ def main() -> None:
         if name != "kl"
         for when, value in (("before", before[name]), ("after", after[name]))
     }
+    if config.best_of:
+        summary |= measure_best_of(config.best_of, policy, score, tokenizer, stage, config)
     summary |= {"kl": after["kl"], "train_seconds": seconds}
     stage.output.finish(model, tokenizer, summary, write_samples(policy, model, tokenizer, stage))
     print_figures("rlhf", summary)

@@ -1,7 +1,5 @@
-"""What alignment reads and what it is measured by, whichever way it is done."""
+"""What alignment reads, whichever way it is done."""
 
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,31 +9,19 @@ from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.arden.task import ArdenTask
 from common.artifacts import require_go, require_parent, require_same_tokenizer
-from common.batches import Chat
 from common.errors import UserError
-from common.generation import generate_answers
-from common.scoring import answer_logprobs
-from common.stage import (
-    DataConfig,
-    Stage,
-)
+from common.generation import draw_chats
+from common.stage import DataConfig
 from common.tasks import Task
 from rlhf.ensemble import Ensemble
 from rlhf.methods import METHODS
 from rlhf.rewards import is_function, load_function
-
-# Before and after are compared by these, so their names are short.
-SHORT_NAMES = {
-    "exact_match_heldout_people": "exact_match",
-    "hallucination_unknown": "hallucination",
-}
 
 
 @dataclass
@@ -66,6 +52,10 @@ class AlignConfig(DataConfig):
     )
     eval_prompts: int = field(
         default=400, metadata={"help": "questions to measure score and KL on"}
+    )
+    best_of: int = field(
+        default=0,
+        metadata={"help": "measure also the rewards' choice among so many answers; 0: do not"},
     )
 
     def __post_init__(self) -> None:
@@ -119,60 +109,8 @@ def load_rewards(
     return [ensemble]
 
 
-def draw_chats(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Any, max_new_tokens: int
-) -> list[Chat]:
-    """Each prompt with one answer, drawn at temperature 1."""
-    drawn = generate_answers(
-        model,
-        tokenizer,
-        [prompt[-1]["content"] for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        temperature=1.0,
-    )
-    return [
-        [*prompt, {"role": "assistant", "content": several[0]}]
-        for prompt, several in zip(prompts, drawn, strict=True)
-    ]
-
-
 def lora(rank: int) -> LoraConfig | None:
     """Adapters on all of the policy's linear layers, scaled by 2; none at rank 0."""
     if rank == 0:
         return None
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-
-
-def measure(
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
-    score: Callable[[list[Chat]], list[float]],
-    tokenizer: PreTrainedTokenizerFast,
-    stage: Stage,
-    config: AlignConfig,
-) -> dict[str, float]:
-    """The task's figures on greedy answers; score and KL on answers drawn at temperature 1.
-
-    Returns:
-        the task's figures, `kl` (nats an answer, to the reference), `score` and, of the drawn
-        answers' scores, `score_mean` and `score_std`.
-    """
-
-    def answer(questions: list[str]) -> list[str]:
-        greedy = generate_answers(model, tokenizer, questions, max_new_tokens=config.max_new_tokens)
-        return [several[0] for several in greedy]
-
-    measured = stage.task.measure(answer, config.evaluate_on)
-    figures = {SHORT_NAMES.get(name, name): value for name, value in measured.items()}
-    prompts = stage.task.prompt_rows(config.evaluate_on, config.eval_prompts)["prompt"]
-    chats = draw_chats(model, tokenizer, prompts, config.max_new_tokens)
-    ratios = zip(
-        answer_logprobs(model, tokenizer, chats),
-        answer_logprobs(reference, tokenizer, chats),
-        strict=True,
-    )
-    figures["kl"] = statistics.fmean(ours - theirs for ours, theirs in ratios)
-    scores = score(chats)
-    figures |= {"score": statistics.fmean(scores), "score_mean": statistics.fmean(scores)}
-    figures["score_std"] = statistics.pstdev(scores)
-    return figures

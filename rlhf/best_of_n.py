@@ -19,9 +19,10 @@ from common.config import parse_config, run
 from common.errors import UserError
 from common.stage import TRAINER_DEFAULTS, open_task, print_figures
 from common.tokenizer import load_tokenizer
-from rlhf.align import SHORT_NAMES, AlignConfig, load_rewards
+from rlhf.align import AlignConfig, load_rewards
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
+from rlhf.measure import SHORT_NAMES
 from rlhf.rewards import score_answers, weigh
 
 

@@ -41,6 +41,7 @@ SHORT: dict[str, dict[str, Any]] = {
         "prompts": 64,
         "eval_prompts": 24,
         "allow_no_go": True,
+        "best_of": 2,
         "num_updates": 2,
         "per_device_train_batch_size": 8,
         "max_completion_length": 16,
@@ -97,7 +98,7 @@ FIGURES = {
     "length_correlation_given_gold go no_go_reasons train_seconds",
     "rlhf": "score_before score_after gold_before gold_after exact_match_before "
     "exact_match_after hallucination_before hallucination_after courtesy_before "
-    "courtesy_after kl train_seconds",
+    "courtesy_after kl train_seconds gold_drawn_after gold_best_of_2 exact_match_sampled_after",
 }
 
 

@@ -1,0 +1,103 @@
+"""What alignment is measured by: the task's figures, score, KL; and best-of-n beside."""
+
+import statistics
+from collections.abc import Callable
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from common.arden.task import ArdenTask
+from common.batches import Chat
+from common.generation import draw_chats, generate_answers
+from common.scoring import answer_logprobs
+from common.stage import Stage
+from rlhf.align import AlignConfig
+from rlhf.chooser import Chooser
+
+# Before and after are compared by these, so their names are short.
+SHORT_NAMES = {
+    "exact_match_heldout_people": "exact_match",
+    "hallucination_unknown": "hallucination",
+}
+
+
+def gold(task: ArdenTask, chats: list[Chat]) -> float:
+    """The judge's mean score of the last answers."""
+    return statistics.fmean(
+        task.gold_reward([chat[:-1] for chat in chats], [chat[-1:] for chat in chats])
+    )
+
+
+def measure_best_of(
+    n: int,
+    model: PreTrainedModel,
+    score: Callable[[list[Chat]], list[float]],
+    tokenizer: PreTrainedTokenizerFast,
+    stage: Stage,
+    config: AlignConfig,
+) -> dict[str, float]:
+    """What the rewards' choice among n answers of `model` reaches, on the prompts of `gold_drawn`.
+
+    Returns:
+        `score_best_of_<n>`, and on Arden `gold_best_of_<n>`.
+    """
+    prompts = stage.task.prompt_rows(config.evaluate_on, config.eval_prompts)["prompt"]
+    chooser = Chooser(model, tokenizer, score, n, config.max_new_tokens)
+    best = chooser.best([prompt[-1]["content"] for prompt in prompts], n)
+    figures = {f"score_best_of_{n}": statistics.fmean(value for _, value in best)}
+    if isinstance(stage.task, ArdenTask):
+        chats = [
+            [*prompt, {"role": "assistant", "content": text}]
+            for prompt, (text, _) in zip(prompts, best, strict=True)
+        ]
+        figures[f"gold_best_of_{n}"] = gold(stage.task, chats)
+    return figures
+
+
+def measure(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    score: Callable[[list[Chat]], list[float]],
+    tokenizer: PreTrainedTokenizerFast,
+    stage: Stage,
+    config: AlignConfig,
+) -> dict[str, float]:
+    """The task's figures on greedy answers and on drawn ones; score and KL on drawn ones.
+
+    Returns:
+        the task's figures, of greedy answers and (`<name>_sampled`) of answers drawn at
+        temperature 1; `kl` (nats an answer, to the reference), `score` and, of the drawn answers'
+        scores, `score_mean` and `score_std`; on Arden `gold_drawn`, the judge's score of the same.
+    """
+
+    def answer_at(temperature: float) -> Callable[[list[str]], list[str]]:
+        def answer(questions: list[str]) -> list[str]:
+            several = generate_answers(
+                model,
+                tokenizer,
+                questions,
+                max_new_tokens=config.max_new_tokens,
+                temperature=temperature,
+            )
+            return [one for (one,) in several]
+
+        return answer
+
+    figures = {}
+    for temperature, ending in ((0.0, ""), (1.0, "_sampled")):
+        measured = stage.task.measure(answer_at(temperature), config.evaluate_on)
+        for name, value in measured.items():
+            figures[SHORT_NAMES.get(name, name) + ending] = value
+    prompts = stage.task.prompt_rows(config.evaluate_on, config.eval_prompts)["prompt"]
+    chats = draw_chats(model, tokenizer, prompts, config.max_new_tokens)
+    if isinstance(stage.task, ArdenTask):
+        figures["gold_drawn"] = gold(stage.task, chats)
+    ratios = zip(
+        answer_logprobs(model, tokenizer, chats),
+        answer_logprobs(reference, tokenizer, chats),
+        strict=True,
+    )
+    figures["kl"] = statistics.fmean(ours - theirs for ours, theirs in ratios)
+    scores = score(chats)
+    figures |= {"score": statistics.fmean(scores), "score_mean": statistics.fmean(scores)}
+    figures["score_std"] = statistics.pstdev(scores)
+    return figures
