@@ -37,7 +37,9 @@ class StageOutput:
         path: `output_dir`.
         config: the resolved configuration; without incidental fields it identifies the run.
         sources: hashes of what the run reads, e.g. {"parent": ..., "data": ...}.
-        overwrite: delete what another configuration left there.
+        overwrite: let `start` delete what another configuration left there.
+
+    Nothing is touched before `start`, which one process calls: several may look at the same time.
 
     A run that stopped before its first checkpoint, say at a row that cannot be read, is in nobody's
     way: the next one replaces it.
@@ -54,17 +56,15 @@ class StageOutput:
         identity = {name: value for name, value in config.items() if name not in INCIDENTAL}
         self.manifest = {"config": identity, "sources": sources}
         old = read_json(self.path / "manifest.json")
-        if old is not None:
-            changed = _first_difference(old, self.manifest)
-            if changed and not overwrite and self._holds_work():
-                raise UserError(
-                    f"{self.path} holds a run with {changed}: "
-                    "give another --output_dir, or --overwrite true to replace it"
-                )
-            if changed:
-                self._clear()
-                old = None
-        self.finished = old is not None and (self.path / "summary.json").exists()
+        changed = "" if old is None else _first_difference(old, self.manifest)
+        if changed and not overwrite and self._holds_work():
+            raise UserError(
+                f"{self.path} holds a run with {changed}: "
+                "give another --output_dir, or --overwrite true to replace it"
+            )
+        self._replaces = bool(changed)
+        known = old is not None and not changed
+        self.finished = known and (self.path / "summary.json").exists()
 
     def _clear(self) -> None:
         """Delete the run; what has a manifest of its own, as rankings have, answers for itself."""
@@ -83,7 +83,13 @@ class StageOutput:
         return self.path / "checkpoints"
 
     def start(self) -> None:
-        """Write the configuration and the manifest; called by one process, before training."""
+        """Write the configuration and the manifest; called by one process, before training.
+
+        What another configuration left in the directory goes first.
+        """
+        if self._replaces:
+            self._clear()
+            self._replaces = False
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
         code = {"commit": _git_commit(), "packages": _package_versions()}

@@ -103,6 +103,7 @@ def open_stage(config: Any, args: TrainingArguments, **parents: str) -> Stage:
     sources["data"] = task.fingerprint()
     values = config_values(config, args)
     output = StageOutput(str(args.output_dir), values, sources, config.overwrite)
+    args.distributed_state.wait_for_everyone()  # all have looked before one starts to change it
     args.output_dir = str(output.checkpoints)
     return Stage(output, task, parent)
 

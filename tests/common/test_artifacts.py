@@ -38,6 +38,24 @@ def test_same_run_goes_on_and_another_is_refused(tmp_path: Path) -> None:
     assert not (output.checkpoints / "x").exists()
 
 
+def test_looking_changes_nothing_and_one_process_replaces(tmp_path: Path) -> None:
+    """As on two processes: both look, one starts. Broken by deleting when looking, as it was: the
+    slower process deletes what the faster one has begun, or stumbles over a folder half deleted.
+    """
+    old = start(tmp_path)
+    write_text(old.checkpoints / "x", "of the old run")
+    config, sources = {"seed": 1}, {"parent": "abc"}
+    one, two = (StageOutput(str(tmp_path), config, sources, overwrite=True) for _ in range(2))
+    assert (old.checkpoints / "x").exists() and not one.finished and not two.finished
+    one.start()
+    assert not old.checkpoints.exists()
+    write_text(one.checkpoints / "y", "of the new run")
+    one.start()  # a second time it replaces nothing
+    late = StageOutput(str(tmp_path), config, sources, overwrite=True)
+    late.start()
+    assert (one.checkpoints / "y").exists()
+
+
 def test_a_run_without_a_checkpoint_is_replaced(tmp_path: Path) -> None:
     """A data fault was mended, the data is another: no need of --overwrite. Broken by refusing
     every change."""
