@@ -84,19 +84,22 @@ def open_task(config: Any) -> Task:
     )
 
 
-def open_stage(config: Any, args: TrainingArguments, **parents: str) -> Stage:
+def open_stage(
+    config: Any, args: TrainingArguments, hashes: dict[str, str] | None = None, **parents: str
+) -> Stage:
     """Check parents and output directory; checkpoints go to a folder of their own.
 
     Args:
         config: a `DataConfig`.
         args: the trainer's, whose `output_dir` is the stage's.
+        hashes: of what else the stage reads, by name.
         parents: further finished directories that the stage reads, by role.
 
     Raises:
         UserError: a parent is missing, or the output directory holds another run.
     """
     parent = require_parent(config.model_name_or_path, config.parent_command)
-    sources = {"parent": hash_model(parent)}
+    sources = {"parent": hash_model(parent), **(hashes or {})}
     for role, path in parents.items():
         sources[role] = hash_model(require_parent(path, config.parent_command))
     task = open_task(config)

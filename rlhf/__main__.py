@@ -38,7 +38,7 @@ from rlhf.critic import plain_policy
 from rlhf.invariants import BrokenInvariant
 from rlhf.measure import measure, measure_best_of
 from rlhf.methods import build_trainer
-from rlhf.rewards import is_function, score_answers, weigh
+from rlhf.rewards import hash_function, is_function, score_answers, weigh
 
 
 def main() -> None:
@@ -47,7 +47,8 @@ def main() -> None:
     config.max_new_tokens = args.max_completion_length  # measure as it was trained
     folders = [r for r in config.reward if r != "judge" and not is_function(r)]
     sources = {f"reward_{i}" if i else "reward": name for i, name in enumerate(folders)}
-    stage = open_stage(config, args, **sources)
+    hashes = {name: hash_function(name) for name in config.reward if is_function(name)}
+    stage = open_stage(config, args, hashes, **sources)
     if stage.output.finished:
         print(f"{stage.output.path} is finished; --overwrite true to train it anew")
         return

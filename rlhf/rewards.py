@@ -11,10 +11,12 @@ measure: logged, never trained on. With `disagreement_penalty` several reward mo
 (rlhf/ensemble.py).
 """
 
+import hashlib
 import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,27 @@ def is_function(name: str) -> bool:
     return name.rpartition(":")[2].isidentifier() and ":" in name
 
 
+def find_module(name: str) -> ModuleSpec:
+    """Where the function that `module:function` or `path.py:function` names is defined.
+
+    Raises:
+        UserError: no such file or module.
+    """
+    place = name.rpartition(":")[0]
+    if place.endswith(".py"):
+        if not Path(place).exists():
+            raise UserError(f"reward ({name}): there is no file {place}")
+        found = importlib.util.spec_from_file_location(Path(place).stem, Path(place).absolute())
+    else:
+        try:
+            found = importlib.util.find_spec(place)
+        except ModuleNotFoundError as error:
+            raise UserError(f"reward ({name}): no module {error.name}") from error
+    if found is None:
+        raise UserError(f"reward ({name}): no module {place}")
+    return found
+
+
 def load_function(name: str) -> Callable[..., list[float | None]]:
     """The function that `module:function` or `path.py:function` names.
 
@@ -40,23 +63,28 @@ def load_function(name: str) -> Callable[..., list[float | None]]:
         UserError: no such file or module, no such function in it.
     """
     place, _, function = name.rpartition(":")
+    spec: Any = find_module(name)
     if place.endswith(".py"):
-        if not Path(place).exists():
-            raise UserError(f"reward ({name}): there is no file {place}")
-        spec: Any = importlib.util.spec_from_file_location(Path(place).stem, place)
         module = importlib.util.module_from_spec(spec)
         sys.modules.setdefault(spec.name, module)
         spec.loader.exec_module(module)
     else:
-        try:
-            module = importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            raise UserError(f"reward ({name}): no module {error.name}") from error
+        module = importlib.import_module(place)
     found = getattr(module, function, None)
     if not callable(found):
         near = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
         raise UserError(f"reward ({name}): {place} has no function {function}, but {near}")
     return found
+
+
+def hash_function(name: str) -> str:
+    """sha256, hex, of the file in which a function named in a configuration stands.
+
+    A changed line anywhere in it is another reward; files that it imports are not looked at.
+    """
+    spec = find_module(name)
+    source = Path(spec.origin).read_bytes() if spec.has_location and spec.origin else b""
+    return hashlib.sha256(source).hexdigest()
 
 
 def weigh(rewards: Sequence[Any], weights: list[float] | None) -> list[float]:

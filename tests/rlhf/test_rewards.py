@@ -1,5 +1,7 @@
 """Rewards by name, their weighted sum, and the guards against too much of them."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,12 @@ import torch
 from conftest import build_tokenizer, count_w5, prompts
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from common.artifacts import StageOutput, write_json
 from common.errors import UserError
-from rlhf.rewards import is_function, load_function, score_answers
+from common.stage import open_stage
+from rlhf.align import AlignConfig
+from rlhf.config import PPOConfig
+from rlhf.rewards import hash_function, is_function, load_function, score_answers
 from rlhf.trainer import PPOTrainer
 
 Build = Callable[..., PPOTrainer]
@@ -36,6 +42,32 @@ def test_function_of_a_file_and_of_a_module(tmp_path: Path) -> None:
         load_function("nowhere.py:brief")
     with pytest.raises(UserError, match="no module nowhere"):
         load_function("nowhere.rewards:brief")
+
+
+def test_a_changed_function_is_another_run(tmp_path: Path, policy_path: str) -> None:
+    """A finished run is known by its function's source. Broken once: only the name hashed."""
+    file, data = tmp_path / "mine.py", tmp_path / "asked.jsonl"
+    data.write_text(f"{json.dumps({'prompt': 'w4'})}\n" * 4)
+    name = f"{file}:brief"
+    config = AlignConfig(model_name_or_path=policy_path, data=str(data), reward=[name])
+
+    def look() -> StageOutput:
+        args = PPOConfig(output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True)
+        return open_stage(config, args, {name: hash_function(name)}).output
+
+    file.write_text("def brief(completions, **_):\n    return [-len(c) for c in completions]\n")
+    known = hashlib.sha256(file.read_bytes()).hexdigest()
+    output = look()
+    assert output.manifest["sources"][name] == known
+    output.start()
+    write_json(output.path / "summary.json", {})
+    assert look().finished
+    file.write_text(file.read_text().replace("-len", "len"))
+    with pytest.raises(UserError, match=r"holds a run with another .*mine.py:brief"):
+        look()
+    assert hash_function("rlhf.rewards:weigh") == hash_function("rlhf/rewards.py:weigh")
+    with pytest.raises(UserError, match="no module nowhere"):
+        hash_function("nowhere:brief")
 
 
 def test_weighted_sum_over_model_and_functions(reward_path: str) -> None:
