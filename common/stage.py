@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from common.artifacts import StageOutput, hash_model, require_parent
 from common.config import config_values
 from common.device import has_bf16
+from common.errors import UserError
 from common.tasks import Task, load_task
 
 # TRL's defaults are for large models on GPUs; these are for any size on anything.
@@ -62,6 +69,13 @@ class LabelledDataConfig(DataConfig):
         default=0.1,
         metadata={"help": "share of rows that max_length may cut or drop before the run refuses"},
     )
+    early_stopping_patience: int = field(
+        default=0,
+        metadata={
+            "help": "stop after so many evaluations without a lower loss on held-out rows, and "
+            "keep the best weights; 0: never. Needs eval_strategy"
+        },
+    )
 
 
 @dataclass
@@ -109,6 +123,32 @@ def open_stage(
     args.distributed_state.wait_for_everyone()  # all have looked before one starts to change it
     args.output_dir = str(output.checkpoints)
     return Stage(output, task, parent)
+
+
+def early_stopping(patience: int, args: TrainingArguments) -> list[TrainerCallback]:
+    """The callback that stops a run, for a trainer that then ends with its best weights.
+
+    Checkpoints are written at evaluations, for the best is taken from them.
+
+    Args:
+        patience: evaluations without a lower `eval_loss`; none at 0.
+        args: changed: saving, and which checkpoint is the best.
+
+    Raises:
+        UserError: nothing is evaluated.
+    """
+    if patience == 0:
+        return []
+    if args.eval_strategy == "no":
+        raise UserError(
+            f"early_stopping_patience ({patience}) needs evaluations: give --eval_strategy steps "
+            "and --eval_steps, or --eval_strategy epoch"
+        )
+    args.save_strategy, args.save_steps = args.eval_strategy, args.eval_steps or args.save_steps
+    args.load_best_model_at_end = True
+    args.metric_for_best_model, args.greater_is_better = "eval_loss", False
+    args.restore_callback_states_from_checkpoint = True  # its count, when a killed run goes on
+    return [EarlyStoppingCallback(patience)]
 
 
 class ProgressBar(ProgressCallback):

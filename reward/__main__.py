@@ -34,13 +34,14 @@ from common.scoring import score_chats
 from common.stage import (
     TRAINER_DEFAULTS,
     Stage,
+    early_stopping,
     format_samples,
     open_stage,
     print_figures,
     train_or_resume,
 )
 from common.tokenizer import load_tokenizer
-from reward.collect import RankingConfig, collect
+from reward.collect import EVALUATED_ON, RankingConfig, collect
 from reward.figures import (
     accuracy_figures,
     calibration_error,
@@ -80,6 +81,7 @@ def main() -> None:
     """Collect missing rankings, train, measure, leave the artifacts of `common.artifacts`."""
     config, args = parse_config(RewardModelConfig, RewardConfig, defaults=TRAINER_DEFAULTS)
     folder = config.folder(args.output_dir)
+    callbacks = early_stopping(config.early_stopping_patience, args)
     stage = open_stage(config, args, policy=config.policy)
     if stage.output.finished:
         print(f"{stage.output.path} is finished; --overwrite true to train it anew")
@@ -89,10 +91,9 @@ def main() -> None:
     with args.main_process_first():
         if args.process_index == 0:
             stage.output.start()
-            collect(config, stage.task, folder, args.device)
-    train, held_out = (
-        Dataset.from_json(str(folder / f"{split}.jsonl")) for split in ("train", config.evaluate_on)
-    )
+            collect(config, args, stage.task, folder)
+    train, held_out = (read_pairs(folder, split) for split in ("train", config.evaluate_on))
+    evaluated = read_pairs(folder, EVALUATED_ON) if args.eval_strategy != "no" else None
     if config.margins and "margin" not in train.column_names:
         raise UserError(f"margins: the rankings in {folder} give no margin; leave margins out")
     lengths = measure_lengths(train, tokenizer, args.max_length)
@@ -102,13 +103,15 @@ def main() -> None:
     lengths.require_context(stage.parent)
     held_out = keep_fitting(held_out, tokenizer, args.max_length)
     torch.manual_seed(args.seed)  # of the new head
+    columns = LEARNED + ["margin"] * config.margins
     trainer_class = GroupedRewardTrainer if config.pairs_together else RewardTrainer
     trainer = trainer_class(
         model=build_scorer(stage.parent, tokenizer, config.answer_logprobs),
         args=args,
-        train_dataset=train.select_columns(LEARNED + ["margin"] * config.margins),
+        train_dataset=train.select_columns(columns),
+        eval_dataset=evaluated.select_columns(columns) if evaluated else None,
         processing_class=tokenizer,
-        callbacks=[MetricsFile(stage.output.path / "metrics.jsonl")],
+        callbacks=[MetricsFile(stage.output.path / "metrics.jsonl"), *callbacks],
     )
     seconds = train_or_resume(trainer, stage.output.checkpoints)
     if not trainer.is_world_process_zero():
@@ -147,6 +150,11 @@ def build_scorer(
         asked, opened = (render(tokenizer, [question], ask=ask)[0] for ask in (False, True))
         return logprob_scorer(str(parent), opened[len(asked) :])
     return AutoModelForSequenceClassification.from_pretrained(parent, num_labels=1)
+
+
+def read_pairs(folder: Path, split: str) -> Dataset:
+    """The ranked pairs of a split."""
+    return Dataset.from_json(str(folder / f"{split}.jsonl"))
 
 
 def keep_fitting(

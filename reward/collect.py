@@ -36,6 +36,7 @@ from common.tasks import Task, load_task
 from common.tokenizer import load_tokenizer
 
 BY_DATA = "data"
+EVALUATED_ON = "dev"  # while training
 SHARD = 256  # prompts whose answers are kept together
 # What decides the rankings; `evaluate_on` does not, each split has a file of its own.
 IDENTITY = (
@@ -91,13 +92,15 @@ def main() -> None:
     """Collect the rankings that the reward stage of the same configuration takes."""
     config, args = parse_config(RankingConfig, RewardConfig, defaults=TRAINER_DEFAULTS)
     folder = config.folder(args.output_dir)
-    collect(config, open_task(config), folder, args.device)
+    collect(config, args, open_task(config), folder)
     for path in sorted(folder.glob("*.jsonl")):
         print(f"rankings: {path}, {len(path.read_text(encoding='utf-8').splitlines()):,} pairs")
 
 
-def collect(config: RankingConfig, task: Task, folder: Path, device: torch.device) -> None:
+def collect(config: RankingConfig, args: RewardConfig, task: Task, folder: Path) -> None:
     """Write `folder/<split>.jsonl` for train and evaluation, unless a run before this one did.
+
+    A trainer that evaluates on its way does so on `dev`: what it stops by is no longer held out.
 
     Raises:
         UserError: the policy is missing, or the folder holds rankings of another configuration.
@@ -113,11 +116,14 @@ def collect(config: RankingConfig, task: Task, folder: Path, device: torch.devic
     values = {name: value for name, value in config_values(config).items() if name in IDENTITY}
     output = StageOutput(str(folder), values, sources, config.overwrite)
     output.start()
-    for split, count in (("train", config.prompts), (config.evaluate_on, config.eval_prompts)):
+    counts = {"train": config.prompts, config.evaluate_on: config.eval_prompts}
+    if args.eval_strategy != "no":
+        counts[EVALUATED_ON] = config.eval_prompts
+    for split, count in counts.items():
         path = folder / f"{split}.jsonl"
         if not path.exists():
-            sample = keep_shards(sampler(config, device), output.checkpoints, split)
-            rows = label(config, task, sample, split, count, device)
+            sample = keep_shards(sampler(config, args.device), output.checkpoints, split)
+            rows = label(config, task, sample, split, count, args.device)
             write_text(path, "".join(f"{line}\n" for line in map(json.dumps, rows)))
 
 

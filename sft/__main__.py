@@ -23,6 +23,7 @@ from common.lengths import measure_lengths
 from common.stage import (
     TRAINER_DEFAULTS,
     LabelledDataConfig,
+    early_stopping,
     format_samples,
     open_stage,
     print_figures,
@@ -56,6 +57,7 @@ def main() -> None:
     config, args = parse_config(
         FineTuneConfig, SFTConfig, defaults=TRAINER_DEFAULTS | {"assistant_only_loss": True}
     )
+    callbacks = early_stopping(config.early_stopping_patience, args)
     stage = open_stage(config, args)
     if stage.output.finished:
         print(f"{stage.output.path} is finished; --overwrite true to train it anew")
@@ -77,7 +79,7 @@ def main() -> None:
         eval_dataset=held_out.select_columns(["messages"]),
         processing_class=tokenizer,
         peft_config=config.lora(),
-        callbacks=[MetricsFile(stage.output.path / "metrics.jsonl")],
+        callbacks=[MetricsFile(stage.output.path / "metrics.jsonl"), *callbacks],
     )
     seconds = train_or_resume(trainer, stage.output.checkpoints)
     eval_loss = trainer.evaluate()["eval_loss"]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
+from trl import RewardConfig
 
 from common.config import parse_config
 from common.errors import UserError
@@ -94,7 +95,8 @@ def test_each_labeller_and_another_configuration(toy: Path, tmp_path: Path) -> N
 
     def run(**fields: Any) -> list[dict[str, Any]]:
         config = configure(toy, questions, **fields)
-        collect(config, load_task(str(questions), validation_fraction=0.1), folder, CPU)
+        args = RewardConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+        collect(config, args, load_task(str(questions), validation_fraction=0.1), folder)
         return [json.loads(line) for line in (folder / "train.jsonl").open()]
 
     drawn = run(**by_model)
