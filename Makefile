@@ -8,6 +8,8 @@
 #   make chat [STAGE=sft]
 #   make rlhf_judge   PPO on Arden with the known truth as reward, beside out/arden/rlhf
 #   make arden-report [FOLDERS="out/arden out/arden-1"]   the alignment story in one table
+#   make rounds ROUNDS=2   rank the policy's answers, train the reward model on, align again
+#   make sweep STAGE=sft FIELD=learning_rate VALUES="1e-4 3e-4 1e-3"   one run each, figures on dev
 #   make check-data [CONFIG=configs/own/sft.yaml] [DATA=path]   what a stage would train on
 #   make lesson     the lesson's ladder on Tiny Shakespeare, rung by rung [DATA=path]
 #   make check      style, lint and types
@@ -29,7 +31,7 @@ LAUNCH = $(BIN)/accelerate launch --quiet --config_file configs/accelerate/$(ACC
 BY_METHOD = $(if $(METHOD),--method $(METHOD) --output_dir out/$(PROFILE)/rlhf_$(METHOD))
 STAGES := pretrain sft reward rlhf
 
-.PHONY: setup test check check-data all chat lesson clean rankings rlhf_judge arden-report $(STAGES)
+.PHONY: setup test check check-data all chat lesson clean rankings rounds sweep rlhf_judge arden-report $(STAGES)
 
 setup: .venv/installed
 
@@ -53,6 +55,12 @@ rlhf_judge: setup
 
 arden-report: setup
 	$(BIN)/python -m common.arden.report $(if $(FOLDERS),$(FOLDERS),out/arden)
+
+rounds: setup
+	$(BIN)/python -m common.rounds --profile $(PROFILE) --rounds $(or $(ROUNDS),2)
+
+sweep: setup
+	$(BIN)/python -m common.sweep --profile $(PROFILE) --stage $(STAGE) --field $(FIELD) --values $(VALUES) -- $(if $(DATA),--data $(DATA)) $(ARGS)
 
 lesson: setup
 	$(BIN)/python -m pretrain.lesson --config configs/shakespeare/lesson.yaml $(if $(DATA),--data $(DATA)) $(ARGS)

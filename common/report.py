@@ -46,6 +46,21 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return table
 
 
+def show_columns(title: str, summaries: dict[str, dict[str, Any]]) -> str:
+    """Several runs of one stage beside each other, a column each, as Markdown.
+
+    >>> print(show_columns("rate", {"1e-3": {"loss": 0.5}, "1e-4": {"loss": 0.75}}))
+    | rate | 1e-3 | 1e-4 |
+    |---|---|---|
+    | loss | 0.500 | 0.750 |
+    """
+    table = {column: dict(rows(summary)) for column, summary in summaries.items()}
+    names = dict.fromkeys(name for figures in table.values() for name in figures)
+    lines = [[title, *table], *([n, *(t.get(n, "") for t in table.values())] for n in names)]
+    shown = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([shown[0], "|---" * (len(table) + 1) + "|", *shown[1:]])
+
+
 def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -1,0 +1,77 @@
+"""Reward model and PPO again, on answers of the policy that PPO left, and a table of the rounds.
+
+    make rounds ROUNDS=2
+    python -m common.rounds --profile arden --rounds 2
+
+The first round is `make reward rlhf`. Each further one, in `out/<profile>/round<n>/`, collects
+rankings of the newest policy's answers, trains the reward model on with them, and aligns the
+fine-tuned model anew. Anew, not the policy on: each round has the same start and the same distance
+to go, so that the table compares reward models, and what an earlier one was fooled into is undone.
+(Rounds: Bai et al. 2022, arXiv:2204.05862, section 4.5.) A killed run goes on where it was.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from common.artifacts import read_json, require_parent
+from common.config import parse_config, run
+from common.errors import UserError
+from common.report import show_columns
+
+
+@dataclass
+class RoundsConfig:
+    """How often."""
+
+    profile: str = field(default="arden", metadata={"help": "whose configuration"})
+    rounds: int = field(default=2, metadata={"help": "rounds in all; the first is make all's"})
+    evaluate_on: str = field(
+        default="test", metadata={"help": "test, or dev when choosing settings (Arden)"}
+    )
+
+    def __post_init__(self) -> None:
+        """One round is what `make all` does."""
+        if self.rounds < 2:
+            raise UserError(f"rounds ({self.rounds}) must be 2 or more: the first is make all's")
+
+
+def main() -> None:
+    """Run the stages of every round that are missing, print the table."""
+    (config,) = parse_config(RoundsConfig)
+    first = Path("out") / config.profile
+    for stage in ("sft", "reward", "rlhf"):
+        require_parent(str(first / stage), f"make all PROFILE={config.profile}")
+    folders = [first, *(first / f"round{n}" for n in range(2, config.rounds + 1))]
+    for last, folder in pairwise(folders):
+        train(config, "reward", folder, model_name_or_path=last / "reward", policy=last / "rlhf")
+        train(
+            config,
+            "rlhf",
+            folder,
+            model_name_or_path=first / "sft",
+            reward=folder / "reward",
+        )
+    for stage in ("reward", "rlhf"):
+        summaries = {
+            f"round {n}": read_json(folder / stage / "summary.json")
+            for n, folder in enumerate(folders, start=1)
+        }
+        print("\n" + show_columns(stage, summaries))
+
+
+def train(config: RoundsConfig, stage: str, folder: Path, **parents: Path) -> None:
+    """Run a stage into a round's folder, as its profile configures it."""
+    print(f"rounds: {folder / stage}", flush=True)
+    fields = {"output_dir": folder / stage, "evaluate_on": config.evaluate_on} | parents
+    command = [sys.executable, "-m", stage, "--config", f"configs/{config.profile}/{stage}.yaml"]
+    command += [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
+    done = subprocess.run(command)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    run(main)
