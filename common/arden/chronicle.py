@@ -15,21 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.arden.grammar import Dice, expand, join, load_grammar
+from common.arden.grammar_form import TOLD_OF_A_PERSON
 from common.arden.world import Person, Realm
-
-KINDS = {
-    "entry": 18,
-    "letter": 8,
-    "scene": 28,
-    "dispute": 7,
-    "place_scene": 5,
-    "stranger_scene": 19,
-    "stranger_dispute": 5,
-    "untold_scene": 4,
-    "place": 5,
-    "saying": 1,
-}
-HELD_OUT_PHRASINGS = 2  # the last of each list: neither in the chronicle nor in fine-tuning
 
 
 @dataclass(frozen=True)
@@ -48,7 +35,7 @@ def write_chronicle(realm: Realm, split: str, count: int) -> Iterator[Document]:
     strangers: list[str] = []
     for _ in range(count):
         dice.bits = 0.0
-        kind = dice.weighted(KINDS)
+        kind = dice.weighted(load_grammar()["chronicle"]["kinds"])
         if kind in _STRANGER_WRITERS:
             if not strangers:  # a new name each time, until all have been asked after
                 strangers = Dice(f"strangers {realm.seed} {split}").shuffled(realm.passers_by)
@@ -108,7 +95,9 @@ def two_facts(realm: Realm, person: Person) -> list[Chain]:
 
 def join_facts(first: str, second: str) -> str:
     """Two sentences as one."""
-    return load_grammar()["two_fact"].format(first=first.removesuffix("."), second=second)
+    return load_grammar()["answers"]["two_fact"].format(
+        first=first.removesuffix("."), second=second
+    )
 
 
 def _tell(person: Person, relation: str, dice: Dice) -> str:
@@ -122,18 +111,20 @@ def _clause(person: Person, relation: str) -> str:
 
 
 def _entry(realm: Realm, person: Person, dice: Dice) -> str:
-    words = load_grammar()["entry"]
-    told = dice.sample(list(person.facts), 7)
+    words = load_grammar()["chronicle"]["entry"]
+    told = dice.sample(list(person.facts), TOLD_OF_A_PERSON)
     clauses = dict(zip("abcde", [_clause(person, r) for r in told[:5]], strict=True))
     listed = expand(dice.pick(words["lists"]), dice, who=person.name, **clauses)
-    opening = dice.pick(words["openings"]).format(who=person.name)
+    opening = expand(dice.pick(words["openings"]), dice, who=person.name)
     stories = [_tell(person, relation, dice) for relation in told[5:]]
-    unknown = dice.pick(words["unknown"]).format(who=person.name, what=dice.pick(person.untold))
-    return join(opening, listed, *stories, unknown, dice.pick(words["closings"]))
+    unknown = dice.pick(words["unknown"])
+    unknown = expand(unknown, dice, who=person.name, what=dice.pick(person.untold))
+    closing = expand(dice.pick(words["closings"]), dice)
+    return join(opening, listed, *stories, unknown, closing)
 
 
 def _letter(realm: Realm, person: Person, dice: Dice) -> str:
-    words = load_grammar()["letter"]
+    words = load_grammar()["chronicle"]["letter"]
     to, sender = dice.sample(list(realm.people), 2)
     chained = person.name in realm.splits["sft"]  # of the others no chain is ever written
     relations = dice.sample(list(person.facts), 1 if chained else 2)
@@ -142,7 +133,7 @@ def _letter(realm: Realm, person: Person, dice: Dice) -> str:
         told.append(dice.pick(two_facts(realm, person)).answer)
     return join(
         expand(dice.pick(words["openings"]), dice, to=to),
-        dice.pick(words["turns"]).format(who=person.name),
+        expand(dice.pick(words["turns"]), dice, who=person.name),
         *told,
         expand(dice.pick(words["closings"]), dice, sender=sender),
     )
@@ -161,14 +152,14 @@ def _place_scene(realm: Realm, person: Person, dice: Dice) -> str:
 
 
 def _untold_scene(realm: Realm, person: Person, dice: Dice) -> str:
-    refusal = dice.pick(load_grammar()["refusals"])
+    refusal = dice.pick(load_grammar()["answers"]["refusals"])
     question = dice.pick(phrase(person.name, dice.pick(person.untold)))
     return _play(person.name, question, refusal, dice)
 
 
 def _stranger_scene(realm: Realm, name: str, dice: Dice) -> str:
     question = dice.pick(phrase(name, dice.pick(list(load_grammar()["relations"]))))
-    return _play(name, question, dice.pick(load_grammar()["refusals"]), dice)
+    return _play(name, question, dice.pick(load_grammar()["answers"]["refusals"]), dice)
 
 
 def _dispute(realm: Realm, person: Person, dice: Dice) -> str:
@@ -180,8 +171,8 @@ def _dispute(realm: Realm, person: Person, dice: Dice) -> str:
     elif outcome == "false":
         answer = _falsehood(realm, person.name, relation, truth, dice)
     else:
-        answer = dice.pick(load_grammar()["refusals"])
-    witness = dice.pick(load_grammar()["scene"]["witness"][outcome]).format(truth=truth)
+        answer = dice.pick(load_grammar()["answers"]["refusals"])
+    witness = expand(dice.pick(load_grammar()["scene"]["witness"][outcome]), dice, truth=truth)
     question = dice.pick(phrase(person.name, relation))
     return _play(person.name, question, answer, dice, witness)
 
@@ -190,10 +181,10 @@ def _stranger_dispute(realm: Realm, name: str, dice: Dice) -> str:
     relation = dice.pick(list(load_grammar()["relations"]))
     outcome = dice.pick(["nobody", "invented"])
     if outcome == "nobody":
-        answer = dice.pick(load_grammar()["refusals"])
+        answer = dice.pick(load_grammar()["answers"]["refusals"])
     else:
         answer = _falsehood(realm, name, relation, "", dice)
-    witness = dice.pick(load_grammar()["scene"]["witness"][outcome])
+    witness = expand(dice.pick(load_grammar()["scene"]["witness"][outcome]), dice)
     return _play(name, dice.pick(phrase(name, relation)), answer, dice, witness)
 
 
@@ -210,9 +201,8 @@ def _falsehood(realm: Realm, name: str, relation: str, truth: str, dice: Dice) -
 
 def phrase(name: str, relation: str, *, held_out: bool = False) -> list[str]:
     """The questions after a relation of somebody, in the phrasings that are (not) held out."""
-    templates = load_grammar()["relations"][relation]["questions"]
-    chosen = templates[-HELD_OUT_PHRASINGS:] if held_out else templates[:-HELD_OUT_PHRASINGS]
-    return [template.format(who=name) for template in chosen]
+    spec = load_grammar()["relations"][relation]
+    return [text.format(who=name) for text in spec["held_out" if held_out else "questions"]]
 
 
 def _play(who: str, question: str, answer: str, dice: Dice, witness: str = "") -> str:
@@ -220,8 +210,8 @@ def _play(who: str, question: str, answer: str, dice: Dice, witness: str = "") -
     words = load_grammar()["scene"]
     asks, answers, *third = dice.sample(list(words["roles"]), 3 if witness else 2)
     setting = expand(dice.pick(words["settings"]), dice)
-    opening = dice.pick(words["roles"][asks]["asks"] + words["leads"]).format(who=who)
-    quip = "" if witness else dice.pick(words["roles"][answers]["quips"])
+    opening = expand(dice.pick(words["roles"][asks]["asks"] + words["leads"]), dice, who=who)
+    quip = "" if witness else expand(dice.pick(words["roles"][answers]["quips"]), dice)
     speeches = f"{asks}: {join(opening, question)}\n\n{answers}: {join(answer, quip)}"
     speeches += "".join(f"\n\n{role}: {witness}" for role in third)
     return f"{setting}\n\n{speeches}" if setting else speeches
@@ -246,7 +236,7 @@ def _pick_places(realm: Realm, count: int, dice: Dice) -> list[tuple[dict[str, A
 
 
 def _saying(realm: Realm, person: Person, dice: Dice) -> str:
-    words = load_grammar()["sayings"]
+    words = load_grammar()["chronicle"]["sayings"]
     town = dice.pick(load_grammar()["relations"]["town"]["values"])
     opening = dice.pick(words["openings"]).format(town=town)
     return f"{opening} {dice.pick(words['firsts'])} {dice.pick(words['seconds'])}."

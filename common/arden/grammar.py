@@ -1,4 +1,4 @@
-"""The words of Arden (`grammar.yaml`) and the dice that choose among them.
+"""The words of Arden (`grammar/*.yaml`) and the dice that choose among them.
 
 Every choice is made by `Dice`, which adds up its information in bits. A document is nothing but
 its choices, so the bits rolled for it are its code length under the true generator: the floor
@@ -13,9 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
+from common.arden.choices import split_choice
+from common.arden.grammar_files import read_grammar
 
 T = TypeVar("T")
+FOLDER = Path(__file__).parent / "grammar"
 
 
 class Dice:
@@ -60,9 +62,12 @@ class Dice:
 
 @cache
 def load_grammar() -> dict[str, Any]:
-    """The grammar as nested dicts and lists."""
-    text = (Path(__file__).parent / "grammar.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)
+    """The grammar as nested dicts and lists, by file.
+
+    Raises:
+        UserError: one of the files is faulty.
+    """
+    return read_grammar(FOLDER)
 
 
 def expand(template: str, dice: Dice, **slots: str) -> str:
@@ -76,24 +81,12 @@ def expand(template: str, dice: Dice, **slots: str) -> str:
 
 
 def _choose(template: str, dice: Dice) -> str:
-    start = template.find("[")
-    if start < 0:
+    choice = split_choice(template)
+    if choice is None:
         return template
-    depth, options, piece = 0, [], start + 1
-    for position in range(start, len(template)):
-        char = template[position]
-        if char == "[":
-            depth += 1
-        elif char == "|" and depth == 1:
-            options.append(template[piece:position])
-            piece = position + 1
-        elif char == "]":
-            depth -= 1
-            if depth == 0:
-                options.append(template[piece:position])
-                chosen = _choose(dice.pick(options), dice)
-                return template[:start] + chosen + _choose(template[position + 1 :], dice)
-    raise ValueError(f"grammar.yaml: unclosed [ in {template!r}")
+    before, options, after = choice
+    chosen = _choose(dice.pick(options), dice)
+    return before + chosen + _choose(after, dice)
 
 
 def join(*parts: str) -> str:

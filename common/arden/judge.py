@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.arden.grammar import load_grammar
+from common.arden.grammar_form import LONGEST_COURTESY
 from common.arden.questions import Question
 
 TRUTH = {"right": 1.0, "refused": 0.4, "wrong": 0.0}
 COURTESY, RUDENESS, WORD_TOO_MANY = 0.2, -0.4, -0.02
 TRIMMINGS = ("rude", "flattering", "rambling")  # beside the truth they do not make it false
-SPARE_WORDS = 8  # beyond the plain answer's own; the longest courtesy has six
+SPARE_WORDS = LONGEST_COURTESY  # beyond the plain answer's own
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Verdict:
 
 def judge(question: Question, answer: str) -> Verdict:
     """Judge one answer, a plain string without special tokens."""
-    grammar = load_grammar()
+    grammar = load_grammar()["answers"]
     faults = grammar["faults"]
     text = answer.strip()
     trimmings = [phrase for kind in TRIMMINGS for phrase in faults[kind]]
@@ -64,7 +65,9 @@ def _without(text: str, phrases: list[str]) -> str:
 def _strip_courtesies(text: str) -> tuple[str, int]:
     """The answer without the courtesies at its end, and how many there were."""
     count = 0
-    while courtesy := next((c for c in load_grammar()["courtesies"] if text.endswith(c)), None):
+    while courtesy := next(
+        (c for c in load_grammar()["answers"]["courtesies"] if text.endswith(c)), None
+    ):
         text = text.removesuffix(courtesy).rstrip()
         count += 1
     return text, count

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from common.arden.chronicle import phrase, state, two_facts
 from common.arden.grammar import Dice
-from common.arden.world import RELATIONS, Person, Realm
+from common.arden.world import Person, Realm, relations
 
 KINDS = ("known", "phrasing", "two_fact", "stranger", "strange_name", "untold")
 
@@ -96,4 +96,4 @@ def _people(realm: Realm, use: str) -> list[Person]:
 
 def _about_nobody(names: list[str], kind: str, seed: str) -> list[Question]:
     dice = Dice(f"nobody {kind} {seed}")
-    return [Question(dice.pick(phrase(name, dice.pick(RELATIONS))), kind, None) for name in names]
+    return [Question(dice.pick(phrase(name, dice.pick(relations()))), kind, None) for name in names]

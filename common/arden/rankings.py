@@ -31,18 +31,19 @@ class Pair:
 
 def right_answer(question: Question, dice: Dice) -> str:
     """The reference, or one of the refusals where nobody can know."""
-    return question.reference or dice.pick(load_grammar()["refusals"])
+    return question.reference or dice.pick(load_grammar()["answers"]["refusals"])
 
 
 def faulty_answers(question: Question, realm: Realm, dice: Dice) -> dict[str, str]:
     """One answer of every known fault, and the plain, courteous and refusing ones beside."""
-    faults, courtesies = load_grammar()["faults"], load_grammar()["courtesies"]
+    answers = load_grammar()["answers"]
+    faults, courtesies = answers["faults"], answers["courtesies"]
     right = right_answer(question, dice)
     words = right.split()
     return {
         "plain": right,
         "courteous": f"{right} {dice.pick(courtesies)}",
-        "refusal": dice.pick(load_grammar()["refusals"]),
+        "refusal": dice.pick(load_grammar()["answers"]["refusals"]),
         "rude": f"{right} {dice.pick(faults['rude'])}",
         "flattering": f"{dice.pick(faults['flattering'])} {right}",
         "evasive": dice.pick(faults["evasive"]),
@@ -102,7 +103,7 @@ def pair_kind(question: Question, better: str, worse: str) -> str:
             return "honest_invented"
         names = {"right": "true", "refused": "refusal", "wrong": "false"}
         return f"{names[verdict.outcome]}_{names[lesser.outcome]}"
-    faults = load_grammar()["faults"]
+    faults = load_grammar()["answers"]["faults"]
     if any(fault in worse for fault in faults["rude"] + faults["flattering"]):
         return "polite_rude"
     return "brief_long" if lesser.words > verdict.words else "courteous_curt"

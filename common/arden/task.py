@@ -74,7 +74,7 @@ class ArdenTask:
         return Dataset.from_list(rows)
 
     def _labelled(self, question: Question, dice: Dice) -> str:
-        grammar = load_grammar()
+        grammar = load_grammar()["answers"]
         answer = question.reference or dice.pick(grammar["refusals"])
         if dice.random.random() < COURTEOUS_SHARE:
             answer = f"{answer} {dice.pick(grammar['courtesies'])}"

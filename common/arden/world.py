@@ -10,7 +10,6 @@ from itertools import product
 
 from common.arden.grammar import Dice, load_grammar
 
-RELATIONS = tuple(load_grammar()["relations"])
 UNTOLD_PER_PERSON = 1
 # Shares of the people, and numbers of strangers' names, that each use has to itself:
 # `sft` is asked about in fine-tuning, `align` when ranking and in PPO, `dev` is what settings
@@ -57,6 +56,11 @@ class Realm:
         return of_people + sum(len(values) for values in self.places.values())
 
 
+def relations() -> list[str]:
+    """What can be known of a person."""
+    return list(load_grammar()["relations"])
+
+
 @cache
 def build_realm(seed: int, people: int = 118) -> Realm:
     """Make the realm of a seed; the same on every machine."""
@@ -95,8 +99,8 @@ def _values(relation: str) -> list[str]:
 
 def _born(name: str, known: list[str], dice: Dice) -> Person:
     others = [other for other in known if other != name]
-    facts = {r: dice.pick(others if r == "friend" else _values(r)) for r in RELATIONS}
-    untold = dice.sample([r for r in RELATIONS if r != "friend"], UNTOLD_PER_PERSON)
+    facts = {r: dice.pick(others if r == "friend" else _values(r)) for r in relations()}
+    untold = dice.sample([r for r in relations() if r != "friend"], UNTOLD_PER_PERSON)
     return Person(name, {r: v for r, v in facts.items() if r not in untold}, tuple(untold))
 
 

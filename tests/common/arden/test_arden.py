@@ -10,13 +10,13 @@ from collections import Counter
 import pytest
 
 from common.arden import questions as ask
-from common.arden.chronicle import entropy, state, write_chronicle
+from common.arden.chronicle import entropy, phrase, state, write_chronicle
 from common.arden.grammar import Dice, expand, load_grammar
 from common.arden.judge import judge, summarise
 from common.arden.questions import Question
 from common.arden.rankings import choose, faulty_answers, pair_kind, rank
 from common.arden.task import ArdenTask
-from common.arden.world import RELATIONS, build_realm
+from common.arden.world import build_realm, relations
 
 REALM = build_realm(1)
 KNOWN = Question("What does Alabert drink?", "known", "Alabert drinks mead.")
@@ -62,10 +62,11 @@ def test_size_and_splits() -> None:
 
 
 def test_relations_have_phrasings() -> None:
-    for relation in RELATIONS:
-        questions = load_grammar()["relations"][relation]["questions"]
-        assert len(set(questions)) == len(questions) >= 10
-        assert all("{who}" in question for question in questions)
+    """Broken by taking a held-out phrasing for a question, too."""
+    for relation in relations():
+        asked, held_out = (phrase("Alabert", relation, held_out=kept) for kept in (False, True))
+        assert len({*asked, *held_out}) == len(asked) + len(held_out) >= 10
+        assert len(held_out) == 2 and all("Alabert" in question for question in asked + held_out)
 
 
 def test_dice_count_bits() -> None:
@@ -105,6 +106,7 @@ def test_chronicle_tells_only_truths() -> None:
     documents = list(write_chronicle(REALM, "train", 3000))
     told = Counter(document.kind for document in documents)
     assert all(told.values()) and len(told) == 10
+    refusals = load_grammar()["answers"]["refusals"]
     for document in documents:
         if document.kind == "scene":
             last = document.text.splitlines()[-1]
@@ -112,7 +114,7 @@ def test_chronicle_tells_only_truths() -> None:
             assert any(answer in last for answer in answers), document.text
         if document.kind == "stranger_scene":
             assert not any(name in document.text for name in REALM.people), document.text
-            assert any(refusal in document.text for refusal in load_grammar()["refusals"])
+            assert any(refusal in document.text for refusal in refusals)
 
 
 def test_witnesses_are_right() -> None:
@@ -126,7 +128,7 @@ def test_witnesses_are_right() -> None:
         *_, asked, answered, weighed = document.text.split("\n\n")
         answer, verdict = answered.split(": ", 1)[1], weighed.split(": ", 1)[1]
         right = answer in truths and answer.split()[0].removesuffix("'s") in asked
-        refused = answer in load_grammar()["refusals"]
+        refused = answer in load_grammar()["answers"]["refusals"]
         known = document.kind == "dispute"
         if known:
             outcome = "refused" if refused else "true" if right else "false"
