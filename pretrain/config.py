@@ -70,6 +70,9 @@ class PretrainConfig:
     validation_fraction: float = field(
         default=0.1, metadata={"help": "share at the end of a text that is held out"}
     )
+    document_mask: bool = field(
+        default=False, metadata={"help": "no attention from a document into the one before it"}
+    )
     max_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "windows a process"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "micro-batches a step"})

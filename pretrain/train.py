@@ -25,7 +25,9 @@ from common.errors import UserError
 from common.token_file import TokenFile
 from pretrain.config import PretrainConfig
 from pretrain.optimizer import build_optimizers
-from pretrain.windows import evaluation_spans, source_rows, training_starts
+from pretrain.windows import document_positions, evaluation_spans, source_rows, training_starts
+
+Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, position_ids: (B, T) int64 each
 
 
 def train(
@@ -57,7 +59,7 @@ def train(
     forward = net
     if config.torch_compile:
         forward = torch.compile(net)
-        batch = next(micro_batches(train_file, block_size, 0, config, accelerator))
+        batch = next(micro_batches(train_file, model.config, 0, config, accelerator))
         warm_up(forward, batch, accelerator)
     step, seconds = load_checkpoint(accelerator, config)
     main = accelerator.is_main_process
@@ -70,7 +72,7 @@ def train(
         rate = rate_at(step, config)
         for optimizer, full in zip(optimizers, full_rates, strict=True):
             optimizer.param_groups[0]["lr"] = full * rate
-        batches = micro_batches(train_file, block_size, step, config, accelerator)
+        batches = micro_batches(train_file, model.config, step, config, accelerator)
         try:
             values = train_step(forward, optimizers, batches, config, accelerator)
         except FloatingPointError as error:
@@ -101,7 +103,7 @@ def train(
     return final | {"train_seconds": round(seconds, 1), "train_tokens": tokens}
 
 
-def warm_up(forward: Any, batch: tuple[Tensor, Tensor], accelerator: Accelerator) -> None:
+def warm_up(forward: Any, batch: Batch, accelerator: Accelerator) -> None:
     """Compile forward and backward before the clock runs; the weights stay as they are."""
     start = time.perf_counter()
     accelerator.backward(token_loss(forward, *batch))
@@ -112,7 +114,7 @@ def warm_up(forward: Any, batch: tuple[Tensor, Tensor], accelerator: Accelerator
 def train_step(
     forward: Any,
     optimizers: list[Any],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     config: PretrainConfig,
     accelerator: Accelerator,
 ) -> dict[str, float]:
@@ -122,8 +124,8 @@ def train_step(
         FloatingPointError: one of them is not finite; no weight has changed.
     """
     loss = torch.zeros((), device=accelerator.device)
-    for inputs, targets in batches:
-        part = token_loss(forward, inputs, targets) / config.gradient_accumulation_steps
+    for batch in batches:
+        part = token_loss(forward, *batch) / config.gradient_accumulation_steps
         accelerator.backward(part)
         loss += part.detach()
     loss = accelerator.reduce(loss, "mean")
@@ -150,13 +152,19 @@ def tokens_per_step(block_size: int, config: PretrainConfig, accelerator: Accele
 
 
 def micro_batches(
-    file: TokenFile, block_size: int, step: int, config: PretrainConfig, accelerator: Accelerator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's micro-batches of a step: (B, T) inputs and targets on its device."""
+    file: TokenFile, sizes: Any, step: int, config: PretrainConfig, accelerator: Accelerator
+) -> Iterator[Batch]:
+    """This process's micro-batches of a step, on its device; `sizes` is the model's config."""
+    block_size = sizes.max_position_embeddings
     starts = step_starts(file, block_size, step, config, accelerator)
     for part in starts[accelerator.process_index :: accelerator.num_processes]:
-        inputs, targets = file.batch(part, block_size)
-        yield inputs.to(accelerator.device), targets.to(accelerator.device)
+        inputs, targets = (x.to(accelerator.device) for x in file.batch(part, block_size))
+        yield inputs, targets, packed_positions(inputs, sizes, config)
+
+
+def packed_positions(inputs: Tensor, sizes: Any, config: PretrainConfig) -> Tensor | None:
+    """What keeps documents of a row apart where `document_mask` is set; else nothing."""
+    return document_positions(inputs, sizes.bos_token_id) if config.document_mask else None
 
 
 def step_starts(
@@ -181,9 +189,11 @@ def describe_step(
     return f"{named}tokens {tokens} of train.bin"
 
 
-def token_loss(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+def token_loss(
+    model: Any, inputs: Tensor, targets: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy over targets that are not -100, in nats: ()."""
-    logits = model(input_ids=inputs, use_cache=False).logits
+    logits = model(input_ids=inputs, position_ids=position_ids, use_cache=False).logits
     return torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100
     )
@@ -208,7 +218,8 @@ def evaluate(
     for first in range(0, len(mine), config.per_device_eval_batch_size):
         inputs, targets = pad_spans(file, mine[first : first + config.per_device_eval_batch_size])
         count = int((targets != -100).sum())
-        loss = token_loss(net, inputs.to(accelerator.device), targets.to(accelerator.device))
+        inputs, targets = inputs.to(accelerator.device), targets.to(accelerator.device)
+        loss = token_loss(net, inputs, targets, packed_positions(inputs, net.config, config))
         total += torch.tensor([loss.item() * count, count]).to(total)
     nats, count = accelerator.reduce(total, "sum").tolist()
     model.train()

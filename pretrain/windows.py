@@ -6,6 +6,7 @@ Both are pure functions, so a resumed run and any number of processes see the sa
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 
@@ -47,6 +48,20 @@ def source_rows(
     first = np.searchsorted(begins, starts, side="right") - 1
     last = np.searchsorted(begins, starts + block_size, side="right") - 1  # of the last target
     return sorted({row for a, b in zip(first, last, strict=True) for row in range(a, b + 1)})
+
+
+def document_positions(inputs: torch.Tensor, bos_token_id: int) -> torch.Tensor:
+    """Where each token stands in its document, counted within the row: (B, T) int64.
+
+    Given to the model as `position_ids`, they keep attention inside a document: where positions
+    restart, transformers' masks (and `common.gpt_base.build_mask`) begin a new block. A row that
+    begins inside a document counts from its own first token.
+
+    With bos 1, the rows 8 9 1 8 and 1 8 9 8 give 0 1 0 1 and 0 1 2 3.
+    """
+    places = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)  # (B, T)
+    begins = torch.where(inputs == bos_token_id, places, 0)
+    return places - begins.cummax(dim=-1).values
 
 
 def evaluation_spans(
