@@ -73,7 +73,7 @@ def load_rows(
         columns = _prompt_columns(columns)
     files = local_files(source, split)
     if files is None:
-        hub = _load_from_hub(source, split, cache_dir)
+        hub = load_from_hub(source, split, cache_dir=cache_dir)
         identity: Any = hub._fingerprint
         sources: Sources = [(source, lambda: enumerate(hub, start=1))]
     else:
@@ -123,30 +123,54 @@ def _convert(
     sources: Sources, format: str, columns: dict[str, str], keep: Sequence[str], where: bool
 ) -> Iterator[dict[str, Any]]:
     for source, read in sources:
-        shape, count = None, 0
-        for number, values in read():
-            try:
-                if not isinstance(values, dict):
-                    raise BadRow(f"is a {type(values).__name__}; expected an object with columns")
-                shape = shape or find_shape(format, values, columns)
-                row = Row(values, columns, f"{shape} (text)")
-                kept = {name: str(Row(values, {}, "text").get(name)) for name in keep}
-                if where:
-                    kept["where"] = f"{source}, row {number}"
-                if format != "text" or not row.is_blank("text"):
-                    count += 1
-                    found = shape.convert(row)
-                    yield from (r | kept for r in (found if isinstance(found, list) else [found]))
-            except BadRow as error:
-                raise UserError(f"{source}, row {number}: {error}") from None
-        if not count:
+        empty = True
+        for row in convert_rows(source, read(), format, columns, keep=keep, where=where):
+            empty = False
+            yield row
+        if empty:
             raise UserError(f"{source}: no rows in it, or only empty ones; give a file with rows")
 
 
-def _load_from_hub(source: str, split: str, cache_dir: str | None) -> Dataset:
+def convert_rows(
+    source: str,
+    numbered: NumberedRows,
+    format: str,
+    columns: dict[str, str],
+    *,
+    keep: Sequence[str] = (),
+    where: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """A source's rows, checked and converted one by one; arguments as in `load_rows`.
+
+    Raises:
+        UserError: a row is wrong; names `source` and the row's number.
+    """
+    shape = None
+    for number, values in numbered:
+        try:
+            if not isinstance(values, dict):
+                raise BadRow(f"is a {type(values).__name__}; expected an object with columns")
+            shape = shape or find_shape(format, values, columns)
+            row = Row(values, columns, f"{shape} (text)")
+            kept = {name: str(Row(values, {}, "text").get(name)) for name in keep}
+            if where:
+                kept["where"] = f"{source}, row {number}"
+            if format != "text" or not row.is_blank("text"):
+                found = shape.convert(row)
+                yield from (r | kept for r in (found if isinstance(found, list) else [found]))
+        except BadRow as error:
+            raise UserError(f"{source}, row {number}: {error}") from None
+
+
+def load_from_hub(source: str, split: str, **options: Any) -> Any:
+    """A data set of the Hub as it is; `options` (`streaming`, `cache_dir`) are `load_dataset`'s.
+
+    Raises:
+        UserError: the Hub does not give it.
+    """
     name, _, config = source.partition(":")
     try:
-        return datasets.load_dataset(name, config or None, split=split, cache_dir=cache_dir)
+        return datasets.load_dataset(name, config or None, split=split, **options)
     except Exception as error:  # the network, the Hub and its libraries raise all kinds
         reason = " ".join(str(error).split())[:200]
         raise UserError(

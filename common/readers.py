@@ -21,7 +21,7 @@ from common.token_file import cut_points
 TEXT_CHARS = 1 << 22  # a longer .txt file comes as several rows, cut between two words
 NumberedRows = Iterator[tuple[int, Any]]
 
-_HELD_OUT = re.compile(r"(validation|valid|val|test|eval|dev)[-_.]")
+_HELD_OUT = r"(validation|valid|val|test|eval|dev)"
 
 
 def local_files(source: str, split: str) -> list[Path] | None:
@@ -45,14 +45,24 @@ def local_files(source: str, split: str) -> list[Path] | None:
 
 
 def _files_of_folder(folder: Path, split: str) -> list[Path]:
-    """Those named after the split; without such, all that are not named after another."""
-    files = sorted(file for file in folder.iterdir() if _suffix(file) in _READERS)
-    named = [file for file in files if re.match(rf"{re.escape(split)}[-_.]", file.name)]
+    """Those named after the split, or in a folder that is; without such, all but other splits'.
+
+    Folders in it are searched too, save hidden ones: a data set of the Hub, downloaded, keeps its
+    files in `data/` or deeper.
+    """
+    below = (file.relative_to(folder) for file in folder.rglob("*") if _suffix(file) in _READERS)
+    files = sorted(file for file in below if not any(p.startswith(".") for p in file.parts))
+    named = [file for file in files if _is_named(file, re.escape(split))]
     if not named and split == "train":
-        named = [file for file in files if not _HELD_OUT.match(file.name)]
+        named = [file for file in files if not _is_named(file, _HELD_OUT)]
     if not named:
         raise UserError(f'{folder}: no files for split "{split}" in it; expected {_known()}')
-    return named
+    return [folder / file for file in named]
+
+
+def _is_named(file: Path, split: str) -> bool:
+    """Whether the file or a folder on the way to it is named so: train-0.parquet, train/0.jsonl."""
+    return any(re.match(rf"{split}([-_.]|$)", part) for part in file.parts)
 
 
 def _suffix(path: Path) -> str:

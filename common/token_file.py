@@ -9,10 +9,11 @@ Bytes of the text are counted because bits per byte, unlike loss per token, comp
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -39,31 +40,28 @@ class TokenFileInfo:
     tokenizer: str
     sha256: str
 
+    def __str__(self) -> str:
+        return f"{self.tokens:,} tokens of {self.bytes:,} bytes, {self.unknown:,} unknown"
+
 
 class TokenFile:
-    """A token file opened for reading.
+    """A token file opened for reading, or several as one, in the order given.
 
     Attributes:
-        tokens: (N,) memory map, uint16 or uint32.
-        info: `TokenFileInfo`.
+        tokens: (N,) memory map, uint16 or uint32; `JoinedTokens` of several files.
+        info: `TokenFileInfo`; of several, sums.
 
     Raises:
-        UserError: it is missing, or not the size that was written.
+        UserError: one is missing, or not the size that was written.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        path = Path(path)
-        info = read_json(_info_path(path))
-        if info is None or not path.exists():
-            raise UserError(f"{path}: no token file there; prepare the data first")
-        self.info = TokenFileInfo(**info)
-        dtype = np.dtype(self.info.dtype)
-        if path.stat().st_size != self.info.tokens * dtype.itemsize:
-            raise UserError(
-                f"{path}: {path.stat().st_size:_} bytes, expected "
-                f"{self.info.tokens * dtype.itemsize:_}; delete it and prepare the data again"
-            )
-        self.tokens: np.memmap = np.memmap(path, dtype=dtype, mode="r")
+    def __init__(self, *paths: str | Path) -> None:
+        infos, parts = zip(*(_open(Path(path)) for path in paths), strict=True)
+        self.info: TokenFileInfo = infos[0]
+        self.tokens: np.memmap | JoinedTokens = parts[0]
+        if len(paths) > 1:
+            self.info = _sum_infos(infos)
+            self.tokens = JoinedTokens(parts)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -91,6 +89,54 @@ class TokenFile:
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
+class JoinedTokens:
+    """Memory maps read as one array: by slices, and by arrays of indices of any shape."""
+
+    def __init__(self, parts: Sequence[np.memmap]) -> None:
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts])  # each part's first index past it
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        """The tokens at `index`, in its shape."""
+        if isinstance(index, slice):
+            index = np.arange(*index.indices(len(self)))
+        place = np.searchsorted(self.ends, index, side="right")
+        found = np.empty(index.shape, dtype=self.parts[0].dtype)
+        for number in np.unique(place):
+            here, part = place == number, self.parts[number]
+            found[here] = part[index[here] - (self.ends[number] - len(part))]
+        return found
+
+
+def _open(path: Path) -> tuple[TokenFileInfo, np.memmap]:
+    values = read_json(_info_path(path))
+    if values is None or not path.exists():
+        raise UserError(f"{path}: no token file there; prepare the data first")
+    info = TokenFileInfo(**values)
+    dtype = np.dtype(info.dtype)
+    if path.stat().st_size != info.tokens * dtype.itemsize:
+        raise UserError(
+            f"{path}: {path.stat().st_size:_} bytes, expected "
+            f"{info.tokens * dtype.itemsize:_}; delete it and prepare the data again"
+        )
+    return info, np.memmap(path, dtype=dtype, mode="r")
+
+
+def _sum_infos(infos: Sequence[TokenFileInfo]) -> TokenFileInfo:
+    sums = {
+        name: sum(getattr(info, name) for info in infos)
+        for name in ("tokens", "bytes", "documents", "unknown")
+    }
+    return replace(
+        infos[0],
+        **sums,
+        sha256=hashlib.sha256("".join(info.sha256 for info in infos).encode()).hexdigest(),
+    )
+
+
 def write_token_file(
     texts: Iterable[str],
     tokenizer: PreTrainedTokenizerFast,
@@ -111,33 +157,82 @@ def write_token_file(
     Raises:
         UserError: there is no text.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
-    counts = {"tokens": 0, "bytes": 0, "documents": 0, "unknown": 0}
-    digest = hashlib.sha256()
-    try:
-        with scratch.open("wb") as file:
-            for batch in _batches(texts):
-                ids = _encode(batch, tokenizer, documents, counts).astype(dtype)
-                digest.update(ids.tobytes())
-                file.write(ids.tobytes())
-        if not counts["tokens"]:
+    with TokenWriter(path, tokenizer) as writer:
+        for part in encode_parts(texts, tokenizer, documents=documents):
+            writer.add(part)
+        if not writer.tokens:
             raise UserError(f"{path}: the text to tokenize is empty; give a text with characters")
+        return writer.close()
+
+
+class Encoded(NamedTuple):
+    """A stretch of text as (N,) ids, and what it was made of."""
+
+    ids: np.ndarray
+    bytes: int
+    documents: int
+    unknown: int
+
+
+class TokenWriter:
+    """Writes a token file under another name; `close` gives it its own, leaving without removes it.
+
+    Attributes:
+        tokens: how many were added.
+    """
+
+    def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        self.tokenizer = hash_tokenizer(tokenizer)
+        self.dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
+        self.tokens = self.bytes = self.documents = self.unknown = 0
+        self.digest = hashlib.sha256()
+        self.file = self.scratch.open("wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+        self.scratch.unlink(missing_ok=True)
+
+    def add(self, part: Encoded) -> None:
+        """Append ids."""
+        content = part.ids.astype(self.dtype).tobytes()
+        self.digest.update(content)
+        self.file.write(content)
+        self.tokens += len(part.ids)
+        self.bytes += part.bytes
+        self.documents += part.documents
+        self.unknown += part.unknown
+
+    def close(self) -> TokenFileInfo:
+        """Put the file into its place, and its info beside it."""
+        self.file.close()
         info = TokenFileInfo(
-            **counts,
-            dtype=dtype.str,
-            tokenizer=hash_tokenizer(tokenizer),
-            sha256=digest.hexdigest(),
+            tokens=self.tokens,
+            bytes=self.bytes,
+            documents=self.documents,
+            unknown=self.unknown,
+            dtype=self.dtype.str,
+            tokenizer=self.tokenizer,
+            sha256=self.digest.hexdigest(),
         )
         # Without its info a token file counts as missing: no old info ever stands by new tokens.
-        _info_path(path).unlink(missing_ok=True)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-    write_json(_info_path(path), asdict(info))
-    return info
+        _info_path(self.path).unlink(missing_ok=True)
+        os.replace(self.scratch, self.path)
+        write_json(_info_path(self.path), asdict(info))
+        return info
+
+
+def encode_parts(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, *, documents: bool
+) -> Iterator[Encoded]:
+    """`texts` as ids, about `BATCH_CHARS` characters at a time; see `write_token_file`."""
+    for pieces in _batches(texts):
+        yield _encode(pieces, tokenizer, documents)
 
 
 @dataclass(frozen=True)
@@ -147,26 +242,23 @@ class _Piece:
     closes: bool  # the last of its document
 
 
-def _encode(
-    pieces: list[_Piece],
-    tokenizer: PreTrainedTokenizerFast,
-    documents: bool,
-    counts: dict[str, int],
-) -> np.ndarray:
-    """Ids of the pieces, (N,) int64; adds to `counts`."""
+def _encode(pieces: list[_Piece], tokenizer: PreTrainedTokenizerFast, documents: bool) -> Encoded:
     ids: list[int] = []
+    unknown = 0
     for piece, own in zip(pieces, encode_texts(tokenizer, [p.text for p in pieces]), strict=True):
         if documents and piece.opens:
             ids.append(tokenizer.bos_token_id)
         ids.extend(own)
         if documents and piece.closes:
             ids.append(tokenizer.eos_token_id)
-        counts["documents"] += piece.opens
-        counts["bytes"] += len(piece.text.encode())
         if tokenizer.unk_token_id is not None:
-            counts["unknown"] += own.count(tokenizer.unk_token_id)
-    counts["tokens"] += len(ids)
-    return np.array(ids, dtype=np.int64)
+            unknown += own.count(tokenizer.unk_token_id)
+    return Encoded(
+        np.array(ids, dtype=np.int64),
+        bytes=sum(len(piece.text.encode()) for piece in pieces),
+        documents=sum(piece.opens for piece in pieces),
+        unknown=unknown,
+    )
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[_Piece]]:

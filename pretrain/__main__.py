@@ -2,15 +2,17 @@
 
 make pretrain                              the chronicle of Arden
 make pretrain PROFILE=shakespeare DATA=input.txt
+make pretrain PROFILE=web ACCELERATE=ddp   text streamed from the Hub, or from DATA=folder
 accelerate launch -m pretrain --config configs/arden/pretrain.yaml --max_steps 500
 """
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -25,8 +27,10 @@ from common.errors import UserError
 from common.gpt import build_config, build_gpt
 from common.tasks import Task, load_task
 from common.token_file import TokenFile, write_token_file
-from common.tokenizer import load_tokenizer, model_vocab_size, train_bpe, train_characters
+from common.token_shards import SPLITS
+from common.tokenizer import load_tokenizer, model_vocab_size
 from pretrain.config import ModelConfig, PretrainConfig
+from pretrain.stream import make_tokenizer, open_stream
 from pretrain.train import train
 
 
@@ -38,12 +42,14 @@ def main() -> None:
         realm_seed=config.realm_seed,
         documents=config.documents,
         plays=config.plays,
+        columns=config.columns,
         validation_fraction=config.validation_fraction,
     )
+    stream = open_stream(task, model_config, config)
     output = StageOutput(
         config.output_dir,
         config_values(model_config, config),
-        {"data": task.fingerprint()},
+        {"data": stream.fingerprint if stream else task.fingerprint()},
         config.overwrite,
     )
     if output.finished:
@@ -52,14 +58,22 @@ def main() -> None:
     accelerator = Accelerator(
         mixed_precision="bf16" if config.bf16 else "no",
         gradient_accumulation_steps=1,  # the loop adds up its micro-batches itself
+        # the others wait for the one that prepares the text
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             output.start()
-            prepare_text(task, model_config, output.path / "data")
+            if stream:
+                stream.prepare()
+            else:
+                prepare_text(task, model_config, output.path / "data")
     set_seed(config.seed)
-    tokenizer = load_tokenizer(output.path / "data")
-    files = [TokenFile(output.path / "data" / f"{split}.bin") for split in ("train", "validation")]
+    if stream:
+        tokenizer, files = stream.open()
+    else:
+        tokenizer = load_tokenizer(output.path / "data")
+        files = [TokenFile(output.path / "data" / f"{split}.bin") for split in SPLITS]
     model = make_model(model_config, tokenizer)
     model.set_attn_implementation(fast_attention(model.config.max_position_embeddings))
     if len(files[0]) < 3 * model.config.max_position_embeddings:
@@ -79,19 +93,12 @@ def prepare_text(task: Task, config: ModelConfig, folder: Path) -> None:
     """Tokenizer and token files in `folder`; says how many characters are unknown."""
     if (folder / "validation.bin.json").exists():
         return
-    if config.tokenizer == "characters":
-        tokenizer = train_characters(task.tokenizer_texts())
-    elif config.tokenizer == "bpe":
-        tokenizer = train_bpe(task.tokenizer_texts(), config.vocab_size)
-    else:
-        tokenizer = load_tokenizer(Path(config.tokenizer))
-        if tokenizer.bos_token is None:  # Qwen3's: a document ends, and the next begins with that
-            tokenizer.bos_token = tokenizer.eos_token
+    tokenizer = make_tokenizer(config, task.tokenizer_texts())
     tokenizer.save_pretrained(folder)
-    for split in ("train", "validation"):
+    for split in SPLITS:
         path = folder / f"{split}.bin"
         info = write_token_file(task.texts(split), tokenizer, path, documents=task.documents_apart)
-        print(f"{split}: {info.tokens:,} tokens of {info.bytes:,} bytes, {info.unknown:,} unknown")
+        print(f"{split}: {info}")
 
 
 def make_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -67,8 +67,21 @@ class PretrainConfig:
     realm_seed: int = field(default=1, metadata={"help": "the realm of Arden to make"})
     documents: int = field(default=24_000, metadata={"help": "length of Arden's chronicle"})
     plays: bool = field(default=False, metadata={"help": "the data is a text in play form"})
+    columns: dict | None = field(
+        default=None, metadata={"help": "our field: the data's column, e.g. text: content"}
+    )
     validation_fraction: float = field(
         default=0.1, metadata={"help": "share at the end of a text that is held out"}
+    )
+    shards_dir: str | None = field(
+        default=None,
+        metadata={"help": "read documents as a stream and keep their tokens there, for all runs"},
+    )
+    max_text_bytes: int | None = field(
+        default=None, metadata={"help": "of a stream: stop after so much text"}
+    )
+    tokenizer_bytes: int = field(
+        default=200_000_000, metadata={"help": "of a stream: train the BPE on so much of its start"}
     )
     document_mask: bool = field(
         default=False, metadata={"help": "no attention from a document into the one before it"}

@@ -9,6 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from common.token_file import JoinedTokens
+
+Tokens = NDArray[np.unsignedinteger] | JoinedTokens
+LOOKED_THROUGH = 1 << 22  # tokens at a time, so that memory does not grow with the text
+
 
 def training_starts(
     token_count: int, block_size: int, step: int, batch_size: int, seed: int
@@ -32,8 +37,17 @@ def _epoch(windows: int, block_size: int, epoch: int, seed: int) -> NDArray[np.i
     return generator.permutation(windows) * block_size + offset
 
 
+def document_begins(tokens: Tokens, bos_token_id: int) -> NDArray[np.int64]:
+    """Where documents begin in the whole text: (documents,) int64."""
+    found = [
+        first + np.flatnonzero(tokens[first : first + LOOKED_THROUGH] == bos_token_id)
+        for first in range(0, len(tokens), LOOKED_THROUGH)
+    ]
+    return np.concatenate(found)
+
+
 def source_rows(
-    tokens: NDArray[np.unsignedinteger],
+    tokens: Tokens,
     starts: NDArray[np.int64],
     block_size: int,
     bos_token_id: int,
@@ -42,7 +56,7 @@ def source_rows(
 
     Documents of 3 tokens each: a window of 3 at token 2 has targets up to 5, in rows 0 and 1.
     """
-    begins = np.flatnonzero(tokens == bos_token_id)
+    begins = document_begins(tokens, bos_token_id)
     if not len(begins):
         return []
     first = np.searchsorted(begins, starts, side="right") - 1
@@ -64,15 +78,13 @@ def document_positions(inputs: torch.Tensor, bos_token_id: int) -> torch.Tensor:
     return places - begins.cummax(dim=-1).values
 
 
-def evaluation_spans(
-    tokens: NDArray[np.unsignedinteger], block_size: int, bos_token_id: int
-) -> list[tuple[int, int]]:
+def evaluation_spans(tokens: Tokens, block_size: int, bos_token_id: int) -> list[tuple[int, int]]:
     """Spans (first input, end of inputs) in which every token but the first is a target once.
 
     A span ends where a document begins, if one does within `block_size`, so that documents that
     fit are read from their own beginning; a text without documents is cut every `block_size`.
     """
-    begins = np.flatnonzero(tokens == bos_token_id)
+    begins = document_begins(tokens, bos_token_id)
     spans, start, last = [], 0, len(tokens) - 1
     while start < last:
         end = min(start + block_size, last)

@@ -1,0 +1,109 @@
+"""Documents too many to hold: streamed, tokenized once into `shards_dir`, shared by all runs."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from common.errors import UserError
+from common.mixture import Source
+from common.tasks import FileTask, Task
+from common.text_stream import fingerprint, stream_texts
+from common.token_file import TokenFile
+from common.token_shards import SPLITS, ShardIndex, open_token_shards, write_token_shards
+from common.tokenizer import load_tokenizer, train_bpe, train_characters
+from pretrain.config import ModelConfig, PretrainConfig
+
+
+def make_tokenizer(config: ModelConfig, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train the tokenizer that the configuration names on `texts`, or load it."""
+    if config.tokenizer == "characters":
+        return train_characters(texts)
+    if config.tokenizer == "bpe":
+        return train_bpe(texts, config.vocab_size)
+    tokenizer = load_tokenizer(Path(config.tokenizer))
+    if tokenizer.bos_token is None:  # Qwen3's: a document ends, and the next begins with that
+        tokenizer.bos_token = tokenizer.eos_token
+    return tokenizer
+
+
+def open_stream(
+    task: Task, model_config: ModelConfig, config: PretrainConfig
+) -> "TokenStream | None":
+    """The stream of a task, where `shards_dir` asks for one; a single .txt file is none.
+
+    Raises:
+        UserError: the task's text is made, not read.
+    """
+    if not config.shards_dir:
+        return None
+    if not isinstance(task, FileTask):
+        raise UserError(f"shards_dir is for documents from files or the Hub, not for {config.data}")
+    return TokenStream(task.sources, model_config, config) if task.documents_apart else None
+
+
+class TokenStream:
+    """The documents of some sources as token shards.
+
+    Attributes:
+        fingerprint: identifies the text.
+    """
+
+    def __init__(
+        self, sources: list[Source], model_config: ModelConfig, config: PretrainConfig
+    ) -> None:
+        self.sources, self.model_config, self.config = sources, model_config, config
+        self.folder = Path(str(config.shards_dir))
+        self.fingerprint = fingerprint(sources)
+
+    def prepare(self) -> None:
+        """Write what the shards lack; the tokenizer, trained on the text's start, comes first.
+
+        Raises:
+            UserError: `shards_dir` holds tokens of another text, tokenizer or split.
+        """
+        model, config = self.model_config, self.config
+        index = ShardIndex(
+            self.folder,
+            {
+                "data": self.fingerprint,
+                "tokenizer": model.tokenizer,
+                "vocab_size": model.vocab_size if model.tokenizer == "bpe" else None,
+                "tokenizer_bytes": config.tokenizer_bytes,
+                "validation_fraction": config.validation_fraction,
+                "max_text_bytes": config.max_text_bytes,
+            },
+        )
+        if not index.exists:
+            print(f"pretrain: {model.tokenizer} tokenizer, {self.folder}")
+            make_tokenizer(model, self._first_texts()).save_pretrained(self.folder)
+            index.write()
+        if not index.complete:
+            place = index.shards[-1]["place"] if index.shards else None
+            write_token_shards(
+                stream_texts(self.sources, place),
+                load_tokenizer(self.folder),
+                index,
+                validation_fraction=config.validation_fraction,
+                max_bytes=config.max_text_bytes,
+            )
+        for split, file in zip(SPLITS, self.open()[1], strict=True):
+            info = file.info
+            print(
+                f"{split}: {info.tokens:,} tokens of {info.bytes:,} bytes, {info.unknown:,} unknown"
+            )
+
+    def open(self) -> tuple[PreTrainedTokenizerFast, list[TokenFile]]:
+        """The tokenizer, and the tokens to train on and to be measured by."""
+        files = [open_token_shards(self.folder, split) for split in SPLITS]
+        return load_tokenizer(self.folder), files
+
+    def _first_texts(self) -> Iterator[str]:
+        """`tokenizer_bytes` of the text's start."""
+        left = self.config.tokenizer_bytes
+        for batch in stream_texts(self.sources):
+            for text in batch.texts:
+                yield text
+                left -= len(text.encode())
+            if left <= 0:
+                return
