@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +102,13 @@ class StageOutput:
         samples: str,
     ) -> None:
         """Write the model, samples and, last, the summary that marks the run as finished."""
-        with tempfile.TemporaryDirectory(dir=self.path) as scratch:
-            model.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-            for file in sorted(Path(scratch).iterdir()):
-                os.replace(file, self.path / file.name)
+        scratch = self.path / "unfinished"
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        for file in sorted(scratch.iterdir()):
+            os.replace(file, self.path / file.name)
+        scratch.rmdir()
         write_text(self.path / "samples.md", samples)
         model_hash = {"model": hash_model(self.path)}
         write_json(self.path / "manifest.json", read_json(self.path / "manifest.json") | model_hash)

@@ -261,9 +261,10 @@ def save_checkpoint(
 
 def load_checkpoint(accelerator: Accelerator, config: PretrainConfig) -> tuple[int, float]:
     """(step, seconds trained) of the newest checkpoint, restored; (0, 0.0) without one."""
+    # An older one that was killed while it was removed may have lost this file, which is no matter.
     found = [
-        (read_json(path / "progress.json"), path)
-        for path in (Path(config.output_dir) / "checkpoints").glob("step-*")
+        (read_json(path), path.parent)
+        for path in (Path(config.output_dir) / "checkpoints").glob("step-*/progress.json")
     ]
     if not found:
         return 0, 0.0
