@@ -74,6 +74,26 @@ def gae(
     return advantages, advantages + values
 
 
+def adapted_kl_coef(
+    kl_coef: float, kl: float, target: float, completions: int, horizon: int
+) -> float:
+    """The KL coefficient of the next update, nearer to the one that holds KL at its target.
+
+    e = clip(kl / target - 1, -0.2, 0.2);  next = kl_coef (1 + e completions / horizon)
+    (arXiv 1909.08593, section 2.2; `lm-human-preferences`, `AdaptiveKLController`).
+    Example: kl 12 of a target of 10, 1,000 of a horizon of 10,000 -> 0.1 becomes 0.102.
+
+    Args:
+        kl_coef: of the update just taken.
+        kl: of its rollout, nats a completion.
+        target: where kl should be, above 0.
+        completions: of the rollout, over all processes.
+        horizon: completions over which a coefficient moves by the whole (clipped) error.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * completions / horizon)
+
+
 def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
     """Count, sum and sum of squares of the masked entries, (3,) float64.
 

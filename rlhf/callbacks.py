@@ -1,11 +1,13 @@
-"""Keeps logs, evaluations, checkpoints and stops on the boundaries of PPO updates."""
+"""What happens on the boundaries of PPO updates: logs, saves, checks, the KL coefficient, stops."""
 
 from typing import Any
 
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from common.errors import UserError
+from rlhf.advantage import adapted_kl_coef
 from rlhf.invariants import check_processes_agree, check_unchanged, checksums
 
 
@@ -98,3 +100,52 @@ class KLBudget(TrainerCallback):
             if state.is_world_process_zero:
                 update = state.global_step // steps
                 print(f"stopped after update {update}: KL {kl:.3g} over kl_budget {self.budget}")
+
+
+class AdaptiveKL(TrainerCallback, ExportableState):
+    """Moves the KL coefficient after every update, so that the rollouts' KL comes to a target.
+
+    Lies in a checkpoint's `trainer_state.json`, from where a resumed run takes it.
+    """
+
+    def __init__(self, trainer: Any, target: float, horizon: int):
+        self.trainer = trainer
+        self.target = target
+        self.horizon = horizon
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"kl_coef": self.trainer.beta}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on with a checkpoint's coefficient."""
+        if "AdaptiveKL" in state.stateful_callbacks:  # not in one of a run without a target
+            self.trainer.beta = state.stateful_callbacks["AdaptiveKL"]["attributes"]["kl_coef"]
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log the update's coefficient and set that of the next."""
+        trainer = self.trainer
+        if state.global_step % trainer.args.steps_per_update == 0:
+            trainer._metrics["train"]["kl_coef"].append(trainer.beta)
+            trainer.beta = adapted_kl_coef(
+                trainer.beta,
+                trainer.rollout_kl,
+                self.target,
+                trainer.args.generation_batch_size,
+                self.horizon,
+            )
+
+
+def update_callbacks(trainer: Any) -> list[TrainerCallback]:
+    """The callbacks that a trainer's configuration asks for, in the order they are called."""
+    args = trainer.args
+    callbacks: list[TrainerCallback] = [UpdateBoundary(args.steps_per_update), WeightGuard(trainer)]
+    if args.kl_budget is not None:
+        callbacks.append(KLBudget(trainer, args.kl_budget))
+    if args.target_kl is not None:
+        callbacks.append(AdaptiveKL(trainer, args.target_kl, args.kl_horizon))
+    return callbacks

@@ -56,6 +56,14 @@ class PPOConfig(RLOOConfig):
         default=None,
         metadata={"help": "Stop after the update whose rollout has more KL, nats a completion."},
     )
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "Nats a completion; beta is only the start, and moves to hold KL there."},
+    )
+    kl_horizon: int = field(
+        default=10_000,
+        metadata={"help": "Completions over which target_kl moves beta by a fifth at most."},
+    )
 
     # Defaults that differ from TRL's
     reward_clip_range: tuple[float, float] | None = field(
@@ -119,7 +127,8 @@ class PPOConfig(RLOOConfig):
 
     def _check(self) -> None:
         """Refuse what PPO cannot honour."""
-        for name in ("num_mini_batches", "num_ppo_epochs", "num_generations", "score_std"):
+        counts = "num_mini_batches", "num_ppo_epochs", "num_generations", "kl_horizon"
+        for name in (*counts, "score_std"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} ({getattr(self, name)}) must be above 0")
         for name in ("gamma", "gae_lambda"):
@@ -128,6 +137,11 @@ class PPOConfig(RLOOConfig):
         if self.kl_budget is not None and self.beta == 0.0:
             raise UserError(
                 "kl_budget needs a reference: set beta above 0 (1e-9 penalises nothing)"
+            )
+        if self.target_kl is not None and not (self.target_kl > 0 and self.beta > 0):
+            raise UserError(
+                f"target_kl ({self.target_kl}) must be above 0, and beta ({self.beta}), where the "
+                "KL coefficient starts, too"
             )
         if not self.disable_dropout:
             raise UserError("disable_dropout (False): PPO compares log-probabilities, set it True")

@@ -66,8 +66,10 @@ def build_trainer(method: str, rewards: list[Any], args: PPOConfig, **rest: Any)
     """
     if method == "ppo":
         return PPOTrainer(reward_funcs=rewards, args=args, **rest)
-    if args.kl_budget is not None:
-        raise UserError(f"kl_budget ({args.kl_budget}) is PPO's alone: leave it out of {method}")
+    for name in ("kl_budget", "target_kl"):
+        if getattr(args, name) is not None:
+            given = getattr(args, name)
+            raise UserError(f"{name} ({given}) is PPO's alone: leave it out of {method}")
     if method == "dpo":
         return build_dpo(rewards, args, **rest)
     tokenizer = rest["processing_class"]

@@ -25,7 +25,7 @@ from rlhf.advantage import (
     token_rewards,
     whiten,
 )
-from rlhf.callbacks import KLBudget, UpdateBoundary, WeightGuard
+from rlhf.callbacks import update_callbacks
 from rlhf.invariants import check_same_policy, check_score_position
 from rlhf.loss import policy_loss, policy_stats, value_loss
 from rlhf.prompts import EpochSampler
@@ -50,10 +50,8 @@ class PPOTrainer(ActorCriticTrainer):
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
-        self.add_callback(UpdateBoundary(self.args.steps_per_update))
-        self.add_callback(WeightGuard(self))
-        if self.args.kl_budget is not None:
-            self.add_callback(KLBudget(self, self.args.kl_budget))
+        for callback in update_callbacks(self):
+            self.add_callback(callback)
         self.rollout_kl = 0.0  # of the newest training rollout, nats a completion
         self._rollout: Any = None  # a Rollout from the first update on
         self._micro_batches: list[MicroBatch] = []
