@@ -12,6 +12,7 @@ so memory does not grow with the data (but for a .json file that is one array).
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,8 @@ _FEATURES: dict[str, dict[str, Any]] = {
 
 _CODE = (__file__, rows.__file__, readers.__file__)  # what makes a cached Arrow file stale
 
+_NAMED: set[str] = set()  # what this process has named the faulty rows of
+
 Sources = list[tuple[str, Callable[[], NumberedRows]]]
 
 
@@ -46,6 +49,7 @@ def load_rows(
     columns: dict[str, str] | None = None,
     keep: Sequence[str] = (),
     where: bool = False,
+    skip: int = 0,
     cache_dir: str | None = None,
 ) -> Dataset:
     """Load, check and convert every row of `source`.
@@ -58,6 +62,7 @@ def load_rows(
         columns: our field -> their column; not needed for the shapes in `common.rows`.
         keep: further columns of the source to carry along, as text.
         where: add the column `where`, a row's file and number, e.g. "faq.jsonl, row 17".
+        skip: so many wrong rows are passed over, each named on stderr; with more it stops.
         cache_dir: where the Arrow file goes; the datasets cache by default.
 
     Returns:
@@ -80,11 +85,17 @@ def load_rows(
         identity = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         sources = [(str(file), partial(read_rows, file)) for file in files]
     code = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in _CODE]
-    key = json.dumps([identity, format, columns, list(keep), where, code], sort_keys=True)
+    key = json.dumps([identity, format, columns, list(keep), where, skip, code], sort_keys=True)
+    convert = partial(_convert, sources, format, columns, keep, where, skip)
+    if skip and key not in _NAMED:  # also where the rows come from the cache
+        for fault in (faults := _find_faults(convert)):
+            print(f"skipped: {fault}", file=sys.stderr)
+        print(f"{source}: {len(faults)} faulty rows skipped", file=sys.stderr)
+        _NAMED.add(key)
     added = [*keep, *(["where"] if where else [])]
     try:
         return Dataset.from_generator(
-            lambda: _convert(sources, format, columns, keep, where),
+            lambda: convert([]),
             features=Features(_FEATURES[format] | {name: Value("string") for name in added}),
             cache_dir=cache_dir,
             fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
@@ -120,11 +131,20 @@ def _prompt_columns(columns: dict[str, str]) -> dict[str, str]:
 
 
 def _convert(
-    sources: Sources, format: str, columns: dict[str, str], keep: Sequence[str], where: bool
+    sources: Sources,
+    format: str,
+    columns: dict[str, str],
+    keep: Sequence[str],
+    where: bool,
+    skip: int,
+    faults: list[str],
 ) -> Iterator[dict[str, Any]]:
+    """Rows as `load_rows` gives them; faulty ones that may be skipped are added to `faults`."""
     for source, read in sources:
         empty = True
-        for row in convert_rows(source, read(), format, columns, keep=keep, where=where):
+        for row in convert_rows(
+            source, read(), format, columns, keep=keep, where=where, skip=skip, faults=faults
+        ):
             empty = False
             yield row
         if empty:
@@ -139,15 +159,22 @@ def convert_rows(
     *,
     keep: Sequence[str] = (),
     where: bool = False,
+    skip: int = 0,
+    faults: list[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A source's rows, checked and converted one by one; arguments as in `load_rows`.
+
+    Of faulty rows the first `skip` are left out and named in `faults`.
 
     Raises:
         UserError: a row is wrong; names `source` and the row's number.
     """
     shape = None
+    faults = [] if faults is None else faults
     for number, values in numbered:
         try:
+            if isinstance(values, BadRow):
+                raise values
             if not isinstance(values, dict):
                 raise BadRow(f"is a {type(values).__name__}; expected an object with columns")
             shape = shape or find_shape(format, values, columns)
@@ -159,7 +186,18 @@ def convert_rows(
                 found = shape.convert(row)
                 yield from (r | kept for r in (found if isinstance(found, list) else [found]))
         except BadRow as error:
-            raise UserError(f"{source}, row {number}: {error}") from None
+            faults.append(f"{source}, row {number}: {error}")
+            if len(faults) > skip:
+                many = f"; that is more than skip_faulty_rows ({skip}) allows" if skip else ""
+                raise UserError(faults[-1] + many) from None
+
+
+def _find_faults(convert: Callable[[list[str]], Iterator[Any]]) -> list[str]:
+    """All that is wrong with the rows, one line each."""
+    faults: list[str] = []
+    for _ in convert(faults):
+        pass
+    return faults
 
 
 def load_from_hub(source: str, split: str, **options: Any) -> Any:

@@ -66,8 +66,10 @@ def _source(entry: object, where: str) -> Source:
     return Source(**entry)
 
 
-def load_mixed(sources: list[Source], format: str) -> Dataset:
+def load_mixed(sources: list[Source], format: str, skip: int = 0) -> Dataset:
     """All rows of all sources, once each, with `source`, the source's index.
+
+    In each source as many as `skip` faulty rows are passed over.
 
     Rows that are learned from as they stand (messages, preferences) also have `where`.
     """
@@ -79,6 +81,7 @@ def load_mixed(sources: list[Source], format: str) -> Dataset:
             split=source.split,
             columns=source.columns,
             where=format in ("messages", "preference"),
+            skip=skip,
         )
         parts.append(rows.add_column("source", [index] * len(rows)))
     return concatenate_datasets(parts)

@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 
 from common.errors import UserError
+from common.rows import BadRow
 from common.token_file import cut_points
 
 TEXT_CHARS = 1 << 22  # a longer .txt file comes as several rows, cut between two words
@@ -74,10 +75,10 @@ def _known() -> str:
 
 
 def read_rows(path: Path) -> NumberedRows:
-    """Every row of a file with its number.
+    """Every row of a file with its number; one that cannot be read is a `BadRow`.
 
     Raises:
-        UserError: the file, or the row at hand, cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         yield from _READERS[_suffix(path)](path)
@@ -112,10 +113,14 @@ def _read_jsonl(path: Path) -> NumberedRows:
                 try:
                     yield number, json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path}, row {number}: not JSON ({error.msg}, character {error.colno}); "
-                        "expected one object a line"
-                    ) from None
+                    # given, not raised: a generator that raised could not go on
+                    yield (
+                        number,
+                        BadRow(
+                            f"not JSON ({error.msg}, character {error.colno}); "
+                            "expected one object a line"
+                        ),
+                    )
 
 
 def _read_json(path: Path) -> NumberedRows:
@@ -138,9 +143,8 @@ def _read_csv(path: Path) -> NumberedRows:
     csv.field_size_limit(1 << 30)
     with _open(path, newline="") as file:
         for number, row in enumerate(csv.DictReader(file, strict=True), start=1):
-            if None in row:
-                raise UserError(f"{path}, row {number}: more cells than columns; quote the commas")
-            yield number, row
+            faulty = BadRow("more cells than columns; quote the commas") if None in row else None
+            yield number, faulty or row
 
 
 def _read_parquet(path: Path) -> NumberedRows:

@@ -52,6 +52,10 @@ class DataConfig:
     validation_fraction: float = field(
         default=0.05, metadata={"help": "share of one's own rows that is held out"}
     )
+    skip_faulty_rows: int = field(
+        default=0,
+        metadata={"help": "pass over so many faulty rows of each source, naming them, not stop"},
+    )
     max_new_tokens: int = field(default=48, metadata={"help": "longest answer, in tokens"})
     evaluate_on: str = field(
         default="test", metadata={"help": "test, or dev when choosing settings (Arden)"}
@@ -95,6 +99,7 @@ def open_task(config: Any) -> Task:
         plays=config.plays,
         columns=config.columns,
         validation_fraction=config.validation_fraction,
+        skip_faulty_rows=config.skip_faulty_rows,
     )
 
 

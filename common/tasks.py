@@ -62,7 +62,8 @@ def load_task(data: str, *, realm_seed: int = 1, documents: int = 0, **options: 
             mixture (`common.mixture`).
         realm_seed: for Arden.
         documents: for Arden, the chronicle's length.
-        options: `plays`, `columns`, `validation_fraction`, of which each kind takes its own.
+        options: `plays`, `columns`, `validation_fraction`, `skip_faulty_rows`, of which each kind
+            takes its own.
     """
     if data == "arden":
         return ArdenTask(realm_seed, documents)
@@ -72,7 +73,8 @@ def load_task(data: str, *, realm_seed: int = 1, documents: int = 0, **options: 
         sources = read_mixture(data)
     else:
         sources = [Source(data, columns=options.get("columns"))]
-    return FileTask(sources, options.get("validation_fraction", HELD_OUT_SHARE))
+    share = options.get("validation_fraction", HELD_OUT_SHARE)
+    return FileTask(sources, share, options.get("skip_faulty_rows", 0))
 
 
 class PlaysTask:
@@ -154,8 +156,8 @@ class FileTask:
     Of several sources the rows are mixed; a prompt that is held out is so in all of them.
     """
 
-    def __init__(self, sources: list[Source], validation_fraction: float) -> None:
-        self.sources, self.share = sources, validation_fraction
+    def __init__(self, sources: list[Source], validation_fraction: float, skip: int = 0) -> None:
+        self.sources, self.share, self.skip = sources, validation_fraction, skip
         one_text = len(sources) == 1 and sources[0].path.removesuffix(".gz").endswith(".txt")
         self.documents_apart = not one_text
 
@@ -213,7 +215,7 @@ class FileTask:
         return [row["prompt"][-1]["content"] for row in rows.select(range(min(8, len(rows))))]
 
     def _rows(self, format: str, split: str) -> Dataset:
-        rows = load_mixed(self.sources, format)
+        rows = load_mixed(self.sources, format, self.skip)
         if len(rows) < 2:
             name = self.sources[0].path
             raise UserError(f"{name} has {len(rows)} row: at least 2, one is held out")

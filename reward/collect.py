@@ -40,8 +40,9 @@ EVALUATED_ON = "dev"  # while training
 SHARD = 256  # prompts whose answers are kept together
 # What decides the rankings; `evaluate_on` does not, each split has a file of its own.
 IDENTITY = (
-    *("data", "columns", "plays", "realm_seed", "validation_fraction", "max_new_tokens"),
-    *("policy", "prompts", "eval_prompts", "samples_per_prompt", "labeller", "noise"),
+    *("data", "columns", "plays", "realm_seed", "validation_fraction", "skip_faulty_rows"),
+    *("policy", "prompts", "eval_prompts", "samples_per_prompt", "max_new_tokens", "labeller"),
+    "noise",
 )
 
 Prompts = list[str] | list[Chat]
@@ -172,7 +173,11 @@ def label(
     if config.labeller == BY_DATA:
         return task.rankings(sample, split, count, config.noise)
     if not config.labeller_is_model:
-        theirs = load_task(config.labeller, validation_fraction=config.validation_fraction)
+        theirs = load_task(
+            config.labeller,
+            validation_fraction=config.validation_fraction,
+            skip_faulty_rows=config.skip_faulty_rows,
+        )
         return theirs.rankings(sample, split, count, config.noise)
     prompts = list(task.prompt_rows(split, count)["prompt"])
     return rank_by_model(config.labeller, prompts, sample(prompts), device)

@@ -91,3 +91,26 @@ def test_dialogues_in_one_string_and_scored_answers(tiny: Path, tmp_path: Path) 
     assert {"accuracy_hh", "accuracy_ranked", "spam_thanks"} <= figures.keys()
     report = (tmp_path / "reward" / "report.md").read_text()
     assert "| hh |" in report and (tmp_path / "reward" / "reliability.svg").exists()
+
+
+def test_all_pairs_of_a_prompt_and_early_stopping(tiny: Path, tmp_path: Path) -> None:
+    """30 prompts of three ranked answers, one row of which is faulty; nothing is learned at rate 0,
+    so two evaluations are enough. Broken by pairs in place of prompts as the trainer's rows: an
+    epoch then had eighteen steps."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"And {n}?", "answers": ["one", "two", "three"], "scores": [1, 3, 2]}
+        for n in range(30)
+    ]
+    rows.append({"prompt": "And?", "answers": ["one"], "scores": [1]})
+    (tmp_path / "ranked.json").write_text(json.dumps(rows))
+    fields: dict[str, Any] = {"pairs_together": True, "skip_faulty_rows": 1, "max_steps": 9}
+    fields |= {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 1}
+    fields |= {"learning_rate": 0.0, "validation_fraction": 0.2, "max_length": 64}
+    out = tmp_path / "reward"
+    figures = run_stage("reward", tiny, out, tmp_path / "ranked.json", **fields)
+    assert figures["pairs"] == 24 * 3
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    evaluated = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluated] == [1, 2]
+    assert evaluated[0]["epoch"] == pytest.approx(1 / 6)
+    assert "eval_accuracy" in evaluated[0]
