@@ -121,8 +121,9 @@ class AdaptiveKL(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go on with a checkpoint's coefficient."""
-        if "AdaptiveKL" in state.stateful_callbacks:  # not in one of a run without a target
-            self.trainer.beta = state.stateful_callbacks["AdaptiveKL"]["attributes"]["kl_coef"]
+        kept: Any = state.stateful_callbacks  # a dict by class name; transformers types a list
+        if "AdaptiveKL" in kept:  # not in a checkpoint of a run without a target
+            self.trainer.beta = kept["AdaptiveKL"]["attributes"]["kl_coef"]
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
