@@ -127,6 +127,25 @@ def measure_lengths(
     return LengthReport(max_length, row_lengths, tokens, tokens_cut, unanswered, field)
 
 
+def keep_answerable(
+    prompts: Dataset, tokenizer: PreTrainedTokenizerFast, model: str | Path, max_new_tokens: int
+) -> Dataset:
+    """The prompts that leave room for an answer in the model's context.
+
+    Raises:
+        UserError: none does.
+    """
+    context = AutoConfig.from_pretrained(model).max_position_embeddings
+    lengths = measure_lengths(prompts, tokenizer, None).row_lengths
+    kept = [i for i, length in enumerate(lengths) if length + max_new_tokens <= context]
+    if not kept:
+        raise UserError(
+            f"none of {len(prompts):,} prompts leaves {max_new_tokens} tokens for an answer in the "
+            f"model's context ({context:,}): shorten answers (max_completion_length) or prompts"
+        )
+    return prompts.select(kept)
+
+
 def _place(dataset: Dataset, index: int) -> str:
     return dataset[index]["where"] if "where" in dataset.column_names else f"row {index + 1}"
 

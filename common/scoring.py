@@ -5,6 +5,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.batches import Chat, by_length, pad, render
 
+LOGIT_TOKENS = 1 << 14  # a row of logits for each of them: 3 GB in float32 at 50,000 tokens
+
 
 @torch.no_grad()
 def score_chats(
@@ -32,7 +34,7 @@ def answer_logprobs(
     asked = render(tokenizer, [chat[:-1] for chat in chats], ask=True)
     sums = [0.0] * len(whole)
     model.eval()
-    for places in by_length(whole):
+    for places in by_length(whole, LOGIT_TOKENS):
         chosen = [whole[place] for place in places]
         ids, mask = pad(chosen, int(tokenizer.pad_token_id), "right", model.device)
         logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()

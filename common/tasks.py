@@ -6,6 +6,7 @@ Each kind of data is a class with the methods that the stages call; `load_task` 
 import random
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 from datasets import Dataset
@@ -19,6 +20,7 @@ from common.mixture import Source, load_mixed, read_mixture, weigh
 Answer = Callable[[list[str]], list[str]]
 Sample = Callable[[list[str]], list[list[str]]]
 HELD_OUT_SHARE = 0.05  # of a reader's own rows, for evaluation
+SHOWN_CHARS = 500  # of a prompt in samples.md
 
 
 class Task(Protocol):
@@ -210,9 +212,11 @@ class FileTask:
         return {}
 
     def sample_questions(self) -> list[str]:
-        """The first few held-out prompts."""
-        rows = self._rows("prompt", "validation")
-        return [row["prompt"][-1]["content"] for row in rows.select(range(min(8, len(rows))))]
+        """The first few held-out prompts that are short enough to print."""
+        rows = self._rows("prompt", "validation").select_columns(["prompt"])
+        asked = (row["prompt"][-1]["content"] for row in rows)
+        short = list(islice((text for text in asked if len(text) <= SHOWN_CHARS), 8))
+        return short or [rows[0]["prompt"][-1]["content"]]
 
     def _rows(self, format: str, split: str) -> Dataset:
         rows = load_mixed(self.sources, format, self.skip)

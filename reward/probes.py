@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.batches import Chat
+from common.batches import Chat, render
 from common.scoring import score_chats
 
 # question, answer -> an answer that is no better
@@ -22,8 +22,16 @@ APART = 32  # conversations also scored each by itself
 def spam_figures(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Chat]
 ) -> dict[str, float]:
-    """`spam_<probe>`: mean change of score when the last answer is spoilt so, in score's units."""
-    chats = chats[:PROBED]
+    """`spam_<probe>`: mean change of score when the last answer is spoilt so, in score's units.
+
+    Of conversations that fit into the model's context three times over, as repetition may need.
+    """
+    context = model.config.max_position_embeddings
+    lengths = map(len, render(tokenizer, chats))
+    fit = [chat for chat, length in zip(chats, lengths, strict=True) if 3 * length <= context]
+    chats = fit[:PROBED]
+    if not chats:
+        return {}
     plain = score_chats(model, tokenizer, chats)
     figures = {}
     for name, spoil in SPAM.items():

@@ -32,7 +32,7 @@ from common.stage import (
     train_or_resume,
 )
 from common.tokenizer import load_tokenizer
-from rlhf.align import AlignConfig, load_rewards, lora
+from rlhf.align import AlignConfig, align_prompts, load_rewards, lora
 from rlhf.config import PPOConfig
 from rlhf.critic import plain_policy
 from rlhf.invariants import BrokenInvariant
@@ -58,7 +58,7 @@ def main() -> None:
     with args.main_process_first():
         if args.process_index == 0:
             stage.output.start()
-    policy = AutoModelForCausalLM.from_pretrained(stage.parent)
+    policy = AutoModelForCausalLM.from_pretrained(stage.parent).to(args.device)
 
     def score(chats: list[Chat]) -> list[float]:
         return score_answers(rewards, weights, tokenizer, chats)
@@ -68,13 +68,19 @@ def main() -> None:
     if folders and std > 0:  # a function's scale is its author's
         args.score_mean, args.score_std = mean, std
     evaluates = args.eval_strategy != "no"
+    prompts = align_prompts(stage, tokenizer, config, "align", config.prompts)
+    if args.process_index == 0:
+        room = f"{config.max_new_tokens} tokens of answer"
+        print(f"rlhf: {len(prompts):,} prompts leave room for {room}")
     trainer: Any = build_trainer(
         config.method,
         rewards,
         args,
         model=str(stage.parent),
-        train_dataset=stage.task.prompt_rows("align", config.prompts),
-        eval_dataset=stage.task.prompt_rows("dev", config.eval_prompts) if evaluates else None,
+        train_dataset=prompts,
+        eval_dataset=align_prompts(stage, tokenizer, config, "dev", config.eval_prompts)
+        if evaluates
+        else None,
         processing_class=tokenizer,
         peft_config=lora(config.lora_rank),
         callbacks=[MetricsFile(stage.output.path / "metrics.jsonl")],

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -17,7 +18,8 @@ from common.arden.task import ArdenTask
 from common.artifacts import require_go, require_parent, require_same_tokenizer
 from common.errors import UserError
 from common.generation import draw_chats
-from common.stage import DataConfig
+from common.lengths import keep_answerable
+from common.stage import DataConfig, Stage
 from common.tasks import Task
 from rlhf.ensemble import Ensemble
 from rlhf.methods import METHODS
@@ -107,6 +109,14 @@ def load_rewards(
     policy = AutoModelForCausalLM.from_pretrained(parent)
     ensemble.centre(tokenizer, draw_chats(policy, tokenizer, prompts, config.max_new_tokens))
     return [ensemble]
+
+
+def align_prompts(
+    stage: Stage, tokenizer: PreTrainedTokenizerFast, config: AlignConfig, split: str, count: int
+) -> Dataset:
+    """`count` of the task's prompts, less those that leave no room for an answer."""
+    prompts = stage.task.prompt_rows(split, count)
+    return keep_answerable(prompts, tokenizer, stage.parent, config.max_new_tokens)
 
 
 def lora(rank: int) -> LoraConfig | None:

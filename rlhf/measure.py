@@ -10,7 +10,7 @@ from common.batches import Chat
 from common.generation import draw_chats, generate_answers
 from common.scoring import answer_logprobs
 from common.stage import Stage
-from rlhf.align import AlignConfig
+from rlhf.align import AlignConfig, align_prompts
 from rlhf.chooser import Chooser
 
 # Before and after are compared by these, so their names are short.
@@ -40,7 +40,8 @@ def measure_best_of(
     Returns:
         `score_best_of_<n>`, and on Arden `gold_best_of_<n>`.
     """
-    prompts = stage.task.prompt_rows(config.evaluate_on, config.eval_prompts)["prompt"]
+    rows = align_prompts(stage, tokenizer, config, config.evaluate_on, config.eval_prompts)
+    prompts = rows["prompt"]
     chooser = Chooser(model, tokenizer, score, n, config.max_new_tokens)
     best = chooser.best([prompt[-1]["content"] for prompt in prompts], n)
     figures = {f"score_best_of_{n}": statistics.fmean(value for _, value in best)}
@@ -87,7 +88,8 @@ def measure(
         measured = stage.task.measure(answer_at(temperature), config.evaluate_on)
         for name, value in measured.items():
             figures[SHORT_NAMES.get(name, name) + ending] = value
-    prompts = stage.task.prompt_rows(config.evaluate_on, config.eval_prompts)["prompt"]
+    rows = align_prompts(stage, tokenizer, config, config.evaluate_on, config.eval_prompts)
+    prompts = rows["prompt"]
     chats = draw_chats(model, tokenizer, prompts, config.max_new_tokens)
     if isinstance(stage.task, ArdenTask):
         figures["gold_drawn"] = gold(stage.task, chats)

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from common.errors import UserError
-from common.lengths import LengthReport, measure_lengths
+from common.lengths import LengthReport, keep_answerable, measure_lengths
 from common.tokenizer import train_characters
 from tests.common.test_data import say
 
@@ -84,3 +84,14 @@ def test_histogram_by_hand():
         "      5 -      6 tokens        1 " + "#" * 20,
         "      7 -      8 tokens        1 " + "#" * 20 + "  > max_length",
     ]
+
+
+def test_prompts_that_leave_room_for_an_answer(tmp_path: Path) -> None:
+    """<bos><user> _ a a <eos><assistant> are 7 tokens. Broken by forgetting the answer's room."""
+    AutoConfig.for_model("gpt2", max_position_embeddings=16).save_pretrained(tmp_path)
+    prompts = Dataset.from_list([{"prompt": say(f"u: {'a' * n}")} for n in (2, 6, 3)])
+    tokenizer = train_characters(["abc"])
+    kept = keep_answerable(prompts, tokenizer, tmp_path, 8)
+    assert [row["prompt"][0]["content"] for row in kept] == ["aa", "aaa"]
+    with pytest.raises(UserError, match=r"none of 3 prompts leaves 10 tokens .*context \(16\)"):
+        keep_answerable(prompts, tokenizer, tmp_path, 10)

@@ -1,5 +1,6 @@
 """Plays as data for the stages: what each split gives, and the figures on replies."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,15 @@ def test_figures_count_words_and_lines(task: PlaysTask) -> None:
     assert figures["real_words"] == pytest.approx(9 / 10)  # glorp is none
     assert figures["repeated_lines"] == pytest.approx(2 / 6)  # ANN: and line 7 goes, said again
     assert figures["words"] == pytest.approx(10 / 3)
+
+
+def test_samples_show_short_prompts(tmp_path: Path) -> None:
+    """Seen to fail with the first prompts taken, however long."""
+    rows = [{"prompt": f"{n} " + "why? " * (n % 2 * 200), "completion": "so"} for n in range(60)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    shown = load_task(str(path), validation_fraction=0.5).sample_questions()
+    assert len(shown) == 8 and all(int(prompt) % 2 == 0 for prompt in shown)
+    long_ones = tmp_path / "long.jsonl"
+    long_ones.write_text("".join(json.dumps(row) + "\n" for row in rows[1::2]), encoding="utf-8")
+    assert len(load_task(str(long_ones), validation_fraction=0.5).sample_questions()) == 1

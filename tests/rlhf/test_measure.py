@@ -1,6 +1,5 @@
 """Best of n measured by the judge, with draws that are known."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +26,11 @@ def test_best_of_n_is_judged_on_what_was_chosen(monkeypatch: pytest.MonkeyPatch)
             return [("I know not.", float(n)) for _ in questions]
 
     monkeypatch.setattr(rlhf.measure, "Chooser", Refuser)
+    monkeypatch.setattr(
+        rlhf.measure, "align_prompts", lambda *_: task.prompt_rows("test", config.eval_prompts)
+    )
     nothing: Any = None
-    stage: Any = SimpleNamespace(task=task, parent=Path("x"))
+    stage: Any = SimpleNamespace(task=task)
     figures = rlhf.measure.measure_best_of(16, nothing, nothing, nothing, stage, config)
     unknowable = sum(question.reference is None for question in task.prompts("test", 40))
     assert figures["score_best_of_16"] == 16.0
