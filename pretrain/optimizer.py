@@ -3,7 +3,8 @@
 Muon (https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest
 orthogonal matrix, found by Newton-Schulz steps. torch has it as `torch.optim.Muon`; ours is
 that with two changes for small models: matrices of one shape go through the steps together, and
-in float32 where the machine has no fast bfloat16 (torch's always uses bfloat16).
+in float32 where the machine has no fast bfloat16 (torch's always uses bfloat16). And with a third
+for several processes, under DDP and FSDP2: each takes its share of the matrices through the steps.
 """
 
 from collections import defaultdict
@@ -11,7 +12,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 # torch's default is 5; 3 learn as well here and cost less (docs/log.md)
 NEWTON_SCHULZ_STEPS = 3
@@ -40,15 +43,14 @@ class Muon(torch.optim.Muon):
                 if param.grad is not None:
                     same_shape[param.shape].append(param)
             for shape, params in same_shape.items():
-                updates = orthogonalise(
-                    torch.stack([self._momentum(param, group) for param in params]).to(self.dtype),
-                    group["ns_coefficients"],
-                    group["ns_steps"],
+                momenta = [whole(self._momentum(param, group)) for param in params]
+                updates = orthogonalise_together(
+                    torch.stack(momenta).to(self.dtype), group["ns_coefficients"], group["ns_steps"]
                 )
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
                 for param, update in zip(params, updates.to(params[0].dtype), strict=True):
                     param.mul_(1 - group["lr"] * group["weight_decay"])
-                    param.add_(update, alpha=-group["lr"] * scale)
+                    param.add_(laid_out_like(param, update), alpha=-group["lr"] * scale)
 
     def _momentum(self, param: Tensor, group: dict) -> Tensor:
         assert param.grad is not None
@@ -57,6 +59,34 @@ class Muon(torch.optim.Muon):
             state["momentum_buffer"] = torch.zeros_like(param)
         buffer = state["momentum_buffer"].lerp_(param.grad, 1 - group["momentum"])
         return param.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+
+
+def whole(matrix: Tensor) -> Tensor:
+    """All of a matrix, of which FSDP2 leaves each process only some rows."""
+    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+
+
+def laid_out_like(param: Tensor, matrix: Tensor) -> Tensor:
+    """This process's rows of a whole matrix where FSDP2 has sharded `param`; else all of it."""
+    if not isinstance(param, DTensor):
+        return matrix
+    # every process holds the whole matrix, so that nothing need be sent
+    return distribute_tensor(matrix, param.device_mesh, param.placements, src_data_rank=None)
+
+
+def orthogonalise_together(
+    matrices: Tensor, coefficients: tuple[float, float, float], steps: int
+) -> Tensor:
+    """`orthogonalise`, (N, A, B): each process its share of the N matrices, then all gather all."""
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if processes == 1:
+        return orthogonalise(matrices, coefficients, steps)
+    count = -(-len(matrices) // processes)  # the last shares are filled up with zeros
+    filled = nn.functional.pad(matrices, (0, 0, 0, 0, 0, count * processes - len(matrices)))
+    mine = filled[dist.get_rank() * count :][:count]
+    updates = torch.empty_like(filled)
+    dist.all_gather_into_tensor(updates, orthogonalise(mine, coefficients, steps).contiguous())
+    return updates[: len(matrices)]
 
 
 def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:

@@ -1,6 +1,10 @@
-"""Muon against torch's own."""
+"""Muon against torch's own, and two processes against one."""
 
+from pathlib import Path
+
+import pytest
 import torch
+from muon_processes import STEPS, train, work
 from torch import nn
 
 from common.gpt import build_config, build_gpt
@@ -29,6 +33,23 @@ def test_orthogonalise_moves_singular_values_near_one() -> None:
     matrices = torch.randn(2, 6, 20)
     values = torch.linalg.svdvals(orthogonalise(matrices, (3.4445, -4.7750, 2.0315), 5).float())
     assert ((values > 0.6) & (values < 1.3)).all()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_share_the_work_of_one(tmp_path: Path, sharded: bool) -> None:
+    """Equal weights, and half of the matrices each (rounded up: 1 of 1, 2 of 3).
+
+    Broken once: every process all matrices; the gathered ones in another order; under FSDP2 the
+    rows of a process orthogonalised by themselves.
+    """
+    one = train(sharded=False)
+    assert one["seen"] == STEPS * 4
+    torch.multiprocessing.spawn(work, args=(tmp_path, sharded), nprocs=2)
+    for rank in range(2):
+        two = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert two["seen"] == STEPS * (1 + 2)
+        for ours, theirs in zip(two["weights"], one["weights"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_tables_and_vectors_go_to_adamw() -> None:
