@@ -19,15 +19,17 @@ def render(
     return rows
 
 
-def by_length(rows: list[list[int]], max_tokens: int | None = None) -> Iterator[list[int]]:
-    """Places of rows, shortest first, in batches: little is padded.
+def by_length(
+    rows: list[list[int]], size: int = BATCH, max_tokens: int | None = None
+) -> Iterator[list[int]]:
+    """Places of rows, shortest first, in batches of at most `size`: little is padded.
 
     With `max_tokens` a batch has no more of them, padding included, unless it is of one row.
     """
     batch: list[int] = []
     for place in sorted(range(len(rows)), key=lambda place: len(rows[place])):
         tokens = len(rows[place]) * (len(batch) + 1)
-        if len(batch) == BATCH or (batch and max_tokens and tokens > max_tokens):
+        if len(batch) == size or (batch and max_tokens and tokens > max_tokens):
             yield batch
             batch = []
         batch.append(place)

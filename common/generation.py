@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.batches import Chat, by_length, pad, render
+from common.batches import BATCH, Chat, by_length, pad, render
+
+MOST_ROWS = 4 * BATCH  # sampled at a time: their keys and values are kept
 
 
 @torch.no_grad()
@@ -35,7 +37,7 @@ def generate_answers(
     model.eval()
     with torch.random.fork_rng(enabled=True):
         torch.manual_seed(seed)
-        for places in by_length(rows):
+        for places in by_length(rows, max(1, min(BATCH, MOST_ROWS // samples))):
             chosen = [rows[place] for place in places]
             ids, mask = pad(chosen, int(tokenizer.pad_token_id), "left", model.device)
             output = sampler.generate(

@@ -34,7 +34,7 @@ def answer_logprobs(
     asked = render(tokenizer, [chat[:-1] for chat in chats], ask=True)
     sums = [0.0] * len(whole)
     model.eval()
-    for places in by_length(whole, LOGIT_TOKENS):
+    for places in by_length(whole, max_tokens=LOGIT_TOKENS):
         chosen = [whole[place] for place in places]
         ids, mask = pad(chosen, int(tokenizer.pad_token_id), "right", model.device)
         logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()

@@ -49,8 +49,10 @@ class Task(Protocol):
     def prompt_rows(self, split: str, count: int) -> Dataset:
         """`prompt` rows for PPO."""
 
-    def measure(self, answer: Answer, use: str = "test") -> dict[str, float]:
-        """Figures of a model that answers questions."""
+    def measure(
+        self, answer: Answer, use: str = "test", limit: int | None = None
+    ) -> dict[str, float]:
+        """Figures of a model that answers questions, at most `limit` of each kind."""
 
     def sample_questions(self) -> list[str]:
         """A few questions for `samples.md`."""
@@ -132,9 +134,12 @@ class PlaysTask:
         random.Random(0).shuffle(pairs)
         return Dataset.from_list([{"prompt": row["messages"][:-1]} for row in pairs[:count]])
 
-    def measure(self, answer: Answer, use: str = "test") -> dict[str, float]:
+    def measure(
+        self, answer: Answer, use: str = "test", limit: int | None = None
+    ) -> dict[str, float]:
         """Share of words that occur in the plays, of lines said twice, and words a reply."""
-        asked = [row["messages"][-2]["content"] for row in self._pairs("validation")[:200]]
+        pairs = self._pairs("validation")[:200][:limit]
+        asked = [row["messages"][-2]["content"] for row in pairs]
         replies = answer(asked)
         words = [word for reply in replies for word in re.findall(r"[a-z']+", reply.lower())]
         lines = [line for reply in replies for line in reply.splitlines() if line]
@@ -207,7 +212,9 @@ class FileTask:
         rows = self._rows("prompt", split)
         return rows.select(range(min(count, len(rows)))).select_columns(["prompt"])
 
-    def measure(self, answer: Answer, use: str = "test") -> dict[str, float]:
+    def measure(
+        self, answer: Answer, use: str = "test", limit: int | None = None
+    ) -> dict[str, float]:
         """Only a reader knows what is right here."""
         return {}
 

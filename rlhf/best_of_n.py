@@ -14,6 +14,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
+from common.arden.task import ArdenTask
 from common.artifacts import require_parent, write_json
 from common.config import parse_config, run
 from common.errors import UserError
@@ -33,10 +34,14 @@ class BestOfConfig:
     n: list[int] = field(
         default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "answers a question"}
     )
+    questions: int = field(
+        default=40, metadata={"help": "most of a kind that the task's figures are measured on"}
+    )
 
     def __post_init__(self) -> None:
-        if min(self.n) < 1:
-            raise UserError(f"n ({self.n}) must be 1 or more")
+        for name, least in (("n", min(self.n)), ("questions", self.questions)):
+            if least < 1:
+                raise UserError(f"{name} ({getattr(self, name)}) must be 1 or more")
 
 
 def best_of_n_kl(n: int) -> float:
@@ -73,10 +78,14 @@ def main() -> None:
         def answer(asked: list[str], n: int = n) -> list[str]:
             return [text for text, _ in chooser.best(asked, n)]
 
-        measured = task.measure(answer, config.evaluate_on)
+        measured = task.measure(answer, config.evaluate_on, best_of.questions)
         figures = {SHORT_NAMES.get(name, name): value for name, value in measured.items()}
-        score = statistics.fmean(score for _, score in chooser.best(questions, n))
-        rows.append({"n": n, "kl": best_of_n_kl(n), "score": score, **figures})
+        chosen = chooser.best(questions, n)
+        figures["score"] = statistics.fmean(score for _, score in chosen)
+        if isinstance(task, ArdenTask):
+            texts = [[{"role": "assistant", "content": text}] for text, _ in chosen]
+            figures["gold_drawn"] = statistics.fmean(task.gold_reward(prompts, texts))
+        rows.append({"n": n, "kl": best_of_n_kl(n), **figures})
         print_figures(f"best of {n}", rows[-1])
     write_json(Path(args.output_dir) / "best_of_n.json", rows)
 

@@ -167,14 +167,18 @@ class ArdenTask:
 
     # --- all ---
 
-    def measure(self, answer: Answer, use: str = "test") -> dict[str, float]:
+    def measure(
+        self, answer: Answer, use: str = "test", limit: int | None = None
+    ) -> dict[str, float]:
         """The judge's figures on the fixed question sets of `use`, as fractions of 1.
 
         Args:
             answer: questions -> one answer each.
             use: `test`, which nothing is tuned on, or `dev`.
+            limit: most questions of a set; the sets are in random order.
         """
-        sets = ask.evaluation_questions(self.realm, use)
+        whole = ask.evaluation_questions(self.realm, use)
+        sets = {name: questions[:limit] for name, questions in whole.items()}
         everything = [question for questions in sets.values() for question in questions]
         answers = iter(answer([question.text for question in everything]))
         rates = {
