@@ -10,6 +10,7 @@
 #   make arden-report [FOLDERS="out/arden out/arden-1"]   the alignment story in one table
 #   make rounds ROUNDS=2   rank the policy's answers, train the reward model on, align again
 #   make sweep STAGE=sft FIELD=learning_rate VALUES="1e-4 3e-4 1e-3"   one run each, figures on dev
+#   make frontier   every method against KL on Arden, resumable [ARGS="--methods ppo --seeds 0"]
 #   make check-data [CONFIG=configs/own/sft.yaml] [DATA=path]   what a stage would train on
 #   make lesson     the lesson's ladder on Tiny Shakespeare, rung by rung [DATA=path]
 #   make check      style, lint and types
@@ -31,7 +32,7 @@ LAUNCH = $(BIN)/accelerate launch --quiet --config_file configs/accelerate/$(ACC
 BY_METHOD = $(if $(METHOD),--method $(METHOD) --output_dir out/$(PROFILE)/rlhf_$(METHOD))
 STAGES := pretrain sft reward rlhf
 
-.PHONY: setup test check check-data all chat lesson clean rankings rounds sweep rlhf_judge arden-report $(STAGES)
+.PHONY: setup test check check-data all chat lesson clean rankings rounds sweep rlhf_judge arden-report frontier $(STAGES)
 
 setup: .venv/installed
 
@@ -61,6 +62,9 @@ rounds: setup
 
 sweep: setup
 	$(BIN)/python -m common.sweep --profile $(PROFILE) --stage $(STAGE) --field $(FIELD) --values $(VALUES) -- $(if $(DATA),--data $(DATA)) $(ARGS)
+
+frontier: setup
+	$(BIN)/python -m rlhf.frontier $(ARGS)
 
 lesson: setup
 	$(BIN)/python -m pretrain.lesson --config configs/shakespeare/lesson.yaml $(if $(DATA),--data $(DATA)) $(ARGS)

@@ -1,0 +1,204 @@
+"""The frontier: gold score against KL, of every method, beside the reward model's own score.
+
+    make frontier
+    make frontier ARGS="--methods ppo dpo --betas 0.03 0.3 --seeds 0 --jobs 2"
+
+Each run is stage 4 by its ordinary command, into `<output_dir>/<method>_<beta>_<seed>/`; best of n
+needs no training. Finished runs are kept, so that the same command goes on where it was killed and
+another with more methods, coefficients or seeds adds to them; a run that is to be made anew must be
+deleted first. All finished ones go into `frontier.json` (a row a run), `frontier.md` (a table of
+means over seeds) and `frontier.svg`.
+
+Where the score goes on rising with KL and gold falls, the reward model is over-optimised
+(arXiv 2210.10760).
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.artifacts import read_json, write_json, write_text
+from common.config import parse_config, run
+from common.errors import UserError
+from rlhf.frontier_plot import plot_frontier
+from rlhf.methods import METHODS
+
+BEST_OF_N = "best_of_n"
+# of a row, and of the table: from a summary's `<figure>_after`
+FIGURES = (
+    "score",
+    "gold_drawn",
+    "gold",
+    "hallucination",
+    "exact_match",
+    "exact_match_heldout_phrasing",
+    "refusal_known",
+)
+# Of a run, start and both evaluations included: PPO's on two quiet cores, the others' on one
+SECONDS = {"ppo": 65, "rloo": 106, "grpo": 106, "dpo": 200, BEST_OF_N: 210}
+Row = dict[str, Any]
+
+
+@dataclass
+class FrontierConfig:
+    """Which runs."""
+
+    output_dir: str = field(default="out/arden/frontier", metadata={"help": "a folder a run in it"})
+    stage_config: str = field(
+        default="configs/arden/rlhf.yaml", metadata={"help": "what all runs have in common"}
+    )
+    methods: list[str] = field(
+        default_factory=lambda: [*METHODS, BEST_OF_N],
+        metadata={"help": f"of {', '.join([*METHODS, BEST_OF_N])}"},
+    )
+    betas: list[float] = field(
+        default_factory=lambda: [0.01, 0.03, 0.1, 0.3], metadata={"help": "KL coefficients"}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of each beta"})
+    n: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "answers to choose among"}
+    )
+    jobs: int = field(
+        default=1, metadata={"help": "runs at a time; each gets its share of OMP_NUM_THREADS"}
+    )
+
+    def __post_init__(self) -> None:
+        unknown = [method for method in self.methods if method not in (*METHODS, BEST_OF_N)]
+        if unknown:
+            known = ", ".join([*METHODS, BEST_OF_N])
+            raise UserError(f"methods ({', '.join(unknown)}) must be of {known}")
+        if self.jobs < 1:
+            raise UserError(f"jobs ({self.jobs}) must be 1 or more")
+        if not Path(self.stage_config).exists():
+            raise UserError(f"stage_config ({self.stage_config}): there is no such file")
+        data = yaml.safe_load(Path(self.stage_config).read_text(encoding="utf-8")).get("data")
+        if data != "arden":
+            raise UserError(f"stage_config ({self.stage_config}) has data {data}: gold is arden's")
+
+
+def main() -> None:
+    """Run what is missing, then write table and picture of all that is finished."""
+    (config,) = parse_config(FrontierConfig)
+    folder = Path(config.output_dir)
+    commands = plan_runs(config)
+    left = {name: command for name, command in commands.items() if not finished(folder / name)}
+    minutes = sum(SECONDS[method_of(name)] for name in left) / 60
+    print(
+        f"frontier: {len(commands)} runs, {len(commands) - len(left)} of them finished; the others "
+        f"take about {minutes:.0f} min on two quiet cores",
+        flush=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads // config.jobs))}
+
+    def execute(name: str) -> None:
+        start = time.perf_counter()
+        log = folder / f"{name}.log"
+        with log.open("w", encoding="utf-8") as file:
+            code = subprocess.run(
+                left[name], stdout=file, stderr=subprocess.STDOUT, env=environment
+            ).returncode
+        if code:
+            said = [line for line in log.read_text(encoding="utf-8").splitlines() if line]
+            raise UserError(f"{name} ended with code {code}, see {log}: {said[-1] if said else ''}")
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(config.jobs) as pool:
+        try:
+            list(pool.map(execute, left))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error no other run begins
+    rows = collect(folder)
+    table = write_table(rows)
+    write_json(folder / "frontier.json", rows)
+    write_text(folder / "frontier.md", table)
+    write_text(folder / "frontier.svg", plot_frontier(rows))
+    print(f"\n{table}\n{folder}/frontier.json, frontier.md, frontier.svg")
+
+
+def plan_runs(config: FrontierConfig) -> dict[str, list[str]]:
+    """The command of each run by the name of its folder, a whole seed before the next."""
+    commands = {}
+    for seed in config.seeds:
+        for method in config.methods:
+            if method == BEST_OF_N:
+                n = [str(n) for n in config.n]
+                runs = {BEST_OF_N: ["rlhf.best_of_n", "--questions", "100", "--n", *n]}
+            else:
+                settings = ["--method", method, "--seed", str(seed), "--beta"]
+                runs = {f"{method}_{b:g}_{seed}": ["rlhf", *settings, str(b)] for b in config.betas}
+            for name, flags in runs.items():
+                command = [sys.executable, "-m", *flags, "--config", config.stage_config]
+                command += ["--output_dir", str(Path(config.output_dir) / name)]
+                commands[name] = [*command, "--disable_tqdm", "true"]
+    return commands
+
+
+def method_of(name: str) -> str:
+    """The method of a run's folder."""
+    return BEST_OF_N if name == BEST_OF_N else name.split("_")[0]
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run's figures are there."""
+    return any((folder / name).exists() for name in ("summary.json", f"{BEST_OF_N}.json"))
+
+
+def collect(folder: Path) -> list[Row]:
+    """A row for each finished run: method, kl_coefficient (or n), seed, kl and `FIGURES`."""
+    rows: list[Row] = []
+    for path in sorted(folder.glob("*_*_*/summary.json")):
+        method, beta, seed = path.parent.name.split("_")
+        summary = read_json(path)
+        figures = {name: summary[f"{name}_after"] for name in FIGURES}
+        rows.append(
+            {"method": method, "kl_coefficient": float(beta), "n": None, "seed": int(seed)}
+            | {"kl": summary["kl"]}
+            | figures
+        )
+    for best in read_json(folder / BEST_OF_N / f"{BEST_OF_N}.json") or []:
+        rows.append(
+            {"method": BEST_OF_N, "kl_coefficient": None, "n": best["n"], "seed": 0}
+            | {name: best[name] for name in ("kl", *FIGURES)}
+        )
+    return sorted(rows, key=lambda row: (row["method"], row["n"] or -row["kl_coefficient"]))
+
+
+def write_table(rows: list[Row]) -> str:
+    """Markdown: means over seeds, with the standard deviation where there are several."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        setting = f"n {row['n']}" if row["n"] else f"beta {row['kl_coefficient']:g}"
+        groups.setdefault((row["method"], setting), []).append(row)
+    columns = ("kl", *FIGURES)
+    lines = [
+        "| method | | seeds | " + " | ".join(columns) + " |",
+        "|---" * (3 + len(columns)) + "|",
+    ]
+    for (method, setting), group in groups.items():
+        cells = [show([row[name] for row in group]) for name in columns]
+        lines.append(f"| {method} | {setting} | {len(group)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def show(values: list[float]) -> str:
+    """Mean and, of several, standard deviation.
+
+    >>> show([0.25, 0.75])
+    '0.50 ± 0.35'
+    """
+    mean = f"{statistics.fmean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    run(main)
