@@ -11,7 +11,6 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -26,6 +25,8 @@ from trl.trainer.utils import use_adapter
 from common.errors import UserError
 from rlhf.config import PPOConfig
 from rlhf.critic import (
+    Critic,
+    ValueHead,
     attach_critic,
     build_critic,
     check_plain_logits,
@@ -98,9 +99,13 @@ class ActorCriticTrainer(RLOOTrainer):
             disable_dropout(self.ref_model)
         check_plain_logits(self.model)
         args = self.args
-        critic = build_critic(
-            self.model, reward_model, args.critic_head, args.score_mean, args.score_std
-        )
+        critic: Critic | ValueHead
+        if args.share_trunk:
+            hidden_size = language_model(self.model).get_output_embeddings().weight.shape[1]
+            critic = ValueHead(hidden_size)
+        else:
+            scale = args.score_mean, args.score_std
+            critic = build_critic(self.model, reward_model, args.critic_head, *scale)
         attach_critic(self.model, critic.to(args.device), self.temperature)
 
     def _send_telemetry(self) -> None:
@@ -188,13 +193,12 @@ class ActorCriticTrainer(RLOOTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            self.model.critic.model.save_pretrained(Path(output_dir) / VALUE_MODEL)
+            self.model.critic.save(Path(output_dir) / VALUE_MODEL)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = load_file(Path(checkpoint) / VALUE_MODEL / "model.safetensors")
-            self.model.critic.model.load_state_dict(state)
+            self.model.critic.load(Path(checkpoint) / VALUE_MODEL)
 
 
 def _is_critic(parameter_name: str) -> bool:

@@ -38,6 +38,10 @@ class PPOConfig(RLOOConfig):
     critic_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the critic; unset: learning_rate."}
     )
+    share_trunk: bool = field(
+        default=False,
+        metadata={"help": "The critic is one layer on the policy's own trunk, trained by both."},
+    )
     critic_head: Literal["copy", "zero"] = field(
         default="copy",
         metadata={"help": "Value head at the start: the reward model's ('copy') or zeros."},

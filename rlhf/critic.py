@@ -1,8 +1,9 @@
 """The critic, and the one forward pass that gives policy and critic on completion tokens.
 
-The critic is a sequence-classification model with one label, read at every position. It hangs on
-the policy as a sub-module, so that accelerate sees one module: one optimizer, one DDP wrapper. The
-policy's own forward is unchanged unless it is given `completion_mask`.
+The critic is a sequence-classification model with one label, read at every position, or a head on
+the policy's own trunk. It hangs on the policy as a sub-module, so that accelerate sees one module:
+one optimizer, one DDP wrapper. The policy's own forward is unchanged unless it is given
+`completion_mask`.
 """
 
 import contextlib
@@ -10,16 +11,20 @@ import copy
 import functools
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from common.errors import UserError
 from common.reward_gpt import LogprobHead
+
+WEIGHTS = "model.safetensors"
 
 
 class Critic(nn.Module):
@@ -35,6 +40,40 @@ class Critic(nn.Module):
         """Values of the masked tokens, (N,) float32 in row-major order."""
         states = token_states(self.model.base_model, input_ids, prompt_lengths, mask)
         return (self.model.score(states)[:, 0].float() - self.score_mean) / self.score_std
+
+    def save(self, folder: Path) -> None:
+        """Write a standard sequence-classification model."""
+        self.model.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """Take back the weights that `save` wrote."""
+        self.model.load_state_dict(load_file(folder / WEIGHTS))
+
+
+class ValueHead(nn.Module):
+    """A critic without a trunk of its own: V read off the policy's states by one linear layer.
+
+    Its loss trains the policy's trunk too. Starts at zero, so that it moves no state at first.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.score = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Values of the states (N, H) before the masked tokens, (N,) float32."""
+        return self.score(states.float())[:, 0].float()
+
+    def save(self, folder: Path) -> None:
+        """Write the head."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), folder / WEIGHTS)
+
+    def load(self, folder: Path) -> None:
+        """Take back the weights that `save` wrote."""
+        self.load_state_dict(load_file(folder / WEIGHTS))
 
 
 def build_critic(
@@ -126,10 +165,10 @@ def token_logprobs(
     prompt_lengths: Tensor,
     mask: Tensor,
     temperature: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each masked token and entropy of its distribution, (N,) float32 each.
 
-    The LM head runs on these tokens only. Arguments as in `token_states`.
+    The LM head runs on these tokens only. Arguments as in `token_states`, whose states come third.
     """
     states = token_states(model.base_model, input_ids, prompt_lengths, mask)
     logits = model.get_output_embeddings()(states).float() / temperature  # (N, V)
@@ -137,9 +176,9 @@ def token_logprobs(
     targets = input_ids[rows, prompt_lengths[rows] + steps]
     logprobs = -F.cross_entropy(logits, targets, reduction="none")
     if torch.is_grad_enabled():  # entropy is only logged, and only at rollout
-        return logprobs, torch.zeros_like(logprobs)
+        return logprobs, torch.zeros_like(logprobs), states
     all_logprobs = logits.log_softmax(-1)
-    return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1)
+    return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1), states
 
 
 def to_grid(flat: Tensor, mask: Tensor) -> Tensor:
@@ -147,7 +186,9 @@ def to_grid(flat: Tensor, mask: Tensor) -> Tensor:
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
-def attach_critic(policy: PreTrainedModel | PeftModel, critic: Critic, temperature: float) -> None:
+def attach_critic(
+    policy: PreTrainedModel | PeftModel, critic: Critic | ValueHead, temperature: float
+) -> None:
     """Make `policy(input_ids, prompt_lengths=, completion_mask=)` give log-probs, entropy, values.
 
     Each is (B, T) float32, zero outside the mask. Any other call goes to the policy's own forward.
@@ -162,8 +203,9 @@ def attach_critic(policy: PreTrainedModel | PeftModel, critic: Critic, temperatu
         if completion_mask is None:
             return plain_forward(*args, **kwargs)
         where = kwargs["input_ids"], kwargs["prompt_lengths"], completion_mask
-        logprobs, entropy = token_logprobs(language_model(policy), *where, temperature)
-        flat = logprobs, entropy, critic(*where)
+        logprobs, entropy, states = token_logprobs(language_model(policy), *where, temperature)
+        values = critic(states) if isinstance(critic, ValueHead) else critic(*where)
+        flat = logprobs, entropy, values
         return tuple(to_grid(x, completion_mask) for x in flat)
 
     policy.forward = types.MethodType(forward, policy)  # type: ignore[method-assign]
