@@ -18,13 +18,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from common.errors import UserError
 from common.reward_gpt import LogprobHead
 
 WEIGHTS = "model.safetensors"
+ROWS_AT_ONCE = 256  # tokens whose entropy is computed at once: what it needs stays in the cache
 
 
 class Critic(nn.Module):
@@ -171,14 +171,41 @@ def token_logprobs(
     The LM head runs on these tokens only. Arguments as in `token_states`, whose states come third.
     """
     states = token_states(model.base_model, input_ids, prompt_lengths, mask)
-    logits = model.get_output_embeddings()(states).float() / temperature  # (N, V)
+    logits = model.get_output_embeddings()(states).float()  # (N, V)
+    if temperature != 1.0:
+        logits = logits / temperature
     rows, steps = mask.nonzero(as_tuple=True)
     targets = input_ids[rows, prompt_lengths[rows] + steps]
-    logprobs = -F.cross_entropy(logits, targets, reduction="none")
     if torch.is_grad_enabled():  # entropy is only logged, and only at rollout
+        logprobs = ChosenLogprobs.apply(logits, targets)
         return logprobs, torch.zeros_like(logprobs), states
-    all_logprobs = logits.log_softmax(-1)
-    return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1), states
+    everything = logits.log_softmax(-1)
+    del logits
+    parts = [-(part.exp() * part).sum(-1) for part in everything.split(ROWS_AT_ONCE)]
+    return everything.gather(1, targets[:, None])[:, 0], torch.cat(parts), states
+
+
+class ChosenLogprobs(torch.autograd.Function):
+    """Log-softmax at one column a row, with one (N, V) buffer for the backward pass, not three.
+
+    The vocabulary is what PPO's memory goes to. The gradient of log p_k in the logits is
+    1[j = k] - p_j, which is written over the log-probabilities.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities of the targets (N,) under the logits (N, V), (N,)."""
+        everything = logits.log_softmax(-1)
+        ctx.save_for_backward(everything, targets)
+        return everything.gather(1, targets[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Gradient in the logits, (N, V); a second backward pass is an error."""
+        everything, targets = ctx.saved_tensors
+        gradient = gradients[0][:, None]
+        everything.exp_().mul_(-gradient)
+        return everything.scatter_add_(1, targets[:, None], gradient), None
 
 
 def to_grid(flat: Tensor, mask: Tensor) -> Tensor:
