@@ -13,6 +13,7 @@
 #   make frontier   every method against KL on Arden, resumable [ARGS="--methods ppo --seeds 0"]
 #   make check-data [CONFIG=configs/own/sft.yaml] [DATA=path]   what a stage would train on
 #   make lesson     the lesson's ladder on Tiny Shakespeare, rung by rung [DATA=path]
+#   make bench-rlhf [TRL112=path/to/python]   our PPO's speed and memory, and TRL 1.12's beside
 #   make check      style, lint and types
 
 PROFILE ?= arden
@@ -32,7 +33,7 @@ LAUNCH = $(BIN)/accelerate launch --quiet --config_file configs/accelerate/$(ACC
 BY_METHOD = $(if $(METHOD),--method $(METHOD) --output_dir out/$(PROFILE)/rlhf_$(METHOD))
 STAGES := pretrain sft reward rlhf
 
-.PHONY: setup test check check-data all chat lesson clean rankings rounds sweep rlhf_judge arden-report frontier $(STAGES)
+.PHONY: setup test check check-data all chat lesson clean rankings rounds sweep rlhf_judge arden-report frontier bench-rlhf $(STAGES)
 
 setup: .venv/installed
 
@@ -65,6 +66,9 @@ sweep: setup
 
 frontier: setup
 	$(BIN)/python -m rlhf.frontier $(ARGS)
+
+bench-rlhf: setup
+	TRL112=$(TRL112) OMP_NUM_THREADS=1 $(BIN)/python -m rlhf.bench $(ARGS)
 
 lesson: setup
 	$(BIN)/python -m pretrain.lesson --config configs/shakespeare/lesson.yaml $(if $(DATA),--data $(DATA)) $(ARGS)

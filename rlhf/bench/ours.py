@@ -1,0 +1,95 @@
+"""Our PPO on the bench's problem: `python -m rlhf.bench.ours FOLDER NAME`."""
+
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from rlhf.bench.pace import Pace
+from rlhf.bench.problem import read, tokenizer
+from rlhf.config import PPOConfig
+from rlhf.trainer import PPOTrainer
+
+
+def time_phases(trainer: Any) -> dict[str, float]:
+    """Seconds of the clock by what they went to, filled while the trainer runs."""
+    seconds: dict[str, float] = defaultdict(float)
+
+    def watch(owner: Any, method: str, phase: str) -> None:
+        original = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                seconds[phase] += time.perf_counter() - start
+
+        setattr(owner, method, timed)
+
+    watch(trainer, "_generate", "generation_seconds")
+    watch(trainer, "_calculate_rewards", "scoring_seconds")
+    watch(trainer, "_forward", "rollout_forward_seconds")  # policy, critic and reference
+    watch(trainer, "compute_loss", "forward_seconds")
+    watch(trainer.accelerator, "backward", "backward_seconds")
+    return seconds
+
+
+def main(folder: Path, name: str) -> None:
+    """Train until told to stop."""
+    problem = read(folder, name)
+    torch.manual_seed(problem.seed)
+    words = tokenizer(problem.vocab_size)
+    prompts = read_prompts(folder, words)
+    config = PPOConfig(
+        output_dir=str(folder / name),
+        num_updates=100_000,
+        num_ppo_epochs=problem.passes,
+        num_mini_batches=problem.mini_batches,
+        per_device_train_batch_size=problem.micro_batch,
+        gradient_accumulation_steps=problem.accumulation,
+        max_completion_length=problem.completion_tokens,
+        learning_rate=problem.learning_rate,
+        lr_scheduler_type="constant",
+        beta=problem.kl_coef,
+        share_trunk=problem.share_trunk,
+        vf_coef=1.0 if problem.share_trunk else 0.1,
+        missing_eos_penalty=0.0,
+        seed=problem.seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = PPOTrainer(
+        model=str(folder / "policy"),
+        reward_funcs=str(folder / "reward"),
+        args=config,
+        train_dataset=prompts,
+        processing_class=words,
+    )
+    phases = time_phases(trainer)
+
+    def figures() -> dict[str, float]:
+        score = trainer._metrics["train"]["score"][-1]
+        told = {"score": score, "kl": trainer.rollout_kl, **phases}
+        phases.clear()
+        return told
+
+    trainer.add_callback(Pace(figures, config.steps_per_update))
+    trainer.train()
+
+
+def read_prompts(folder: Path, words: Any) -> Dataset:
+    """The prompts' ids as text, which the trainer tokenizes again."""
+    rows = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+    return Dataset.from_dict({"prompt": [words.decode(ids) for ids in rows]})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,92 @@
+"""The bench: its reward is what it says, trainers take turns, ratios are theirs to ours."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from common.errors import UserError
+from rlhf.bench.__main__ import LENGTHS, REWARD, race, spread, start, stop, take_turns, turns
+from rlhf.bench.problem import Problem, create
+
+TINY = Problem(
+    vocab_size=40,
+    hidden_size=32,
+    layers=1,
+    prompts=32,
+    prompt_tokens=4,
+    completion_tokens=4,
+    completions=8,
+    micro_batch=4,
+    mini_batches=2,
+    passes=1,
+)
+
+
+def test_the_reward_model_gives_the_share_of_good_tokens(tmp_path: Path) -> None:
+    """Broken once: prompt counted; attention not even."""
+    create(REWARD, tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    good, other = REWARD.good[3], REWARD.good.stop + 5
+    for count in (0, 4, 16):
+        ids = torch.tensor([[other] * 8 + [good] * count + [other] * (16 - count)])
+        assert model(input_ids=ids).logits.item() == pytest.approx(count / 16, abs=0.01)
+    prompts = json.loads((tmp_path / "prompts.json").read_text(encoding="utf-8"))
+    assert {len(ids) for ids in prompts} == {8}
+    assert not {i for ids in prompts for i in ids} & set(REWARD.good)
+    create(replace(LENGTHS, prompts=64), tmp_path)
+    prompts = json.loads((tmp_path / "prompts.json").read_text(encoding="utf-8"))
+    assert len({len(ids) for ids in prompts}) > 10 and max(map(len, prompts)) <= 64
+
+
+def test_a_worker_takes_an_update_when_told_to(tmp_path: Path) -> None:
+    """Broken once: phases not cleared, so that they add up over updates."""
+    shared = {"ours": replace(TINY, share_trunk=True)}
+    workers = start(TINY, shared, tmp_path, trl112=None)
+    take_turns(workers, rounds=2)
+    stop(workers)
+    assert workers["ours"].process.returncode == 0
+    assert len(workers["ours"].updates) == 2
+    for update in workers["ours"].updates:
+        phases = ("generation", "scoring", "rollout_forward", "forward", "backward")
+        taken = [update[f"{phase}_seconds"] for phase in phases]
+        assert all(seconds > 0 for seconds in taken) and sum(taken) < update["seconds"]
+        assert 0 <= update["score"] <= 1 and update["peak_mb"] > 100
+
+
+def test_a_worker_that_fails_is_named(tmp_path: Path) -> None:
+    """Broken once: an empty line read as JSON."""
+    with pytest.raises(UserError, match=r"trl112 ended before it was told to: see .*trl112\.log"):
+        start(TINY, {}, tmp_path, trl112=sys.executable)  # no TRL 1.12 in it
+    assert "trl.experimental.ppo" in (tmp_path / "trl112.log").read_text(encoding="utf-8")
+
+
+def fake(scores: list[float]) -> Any:
+    worker = SimpleNamespace(name="fake", updates=[])
+    worker.update = lambda: worker.updates.append({"score": scores[len(worker.updates)]})
+    worker.score = lambda: sum(u["score"] for u in worker.updates[-5:]) / 5
+    return worker
+
+
+def test_a_race_ends_at_the_target() -> None:
+    """Broken once: one score over the target enough, in place of five in the mean."""
+    fast, slow = fake([0.0, 1.0] + [0.8] * 50), fake([0.1] * 10 + [0.6, 0.8] + [0.8] * 50)
+    race({"fast": fast, "slow": slow}, target=0.7, limit=40)
+    assert len(fast.updates) == 6  # (1 + 4 x 0.8) / 5
+    assert len(slow.updates) == 15  # 0.6 + 4 x 0.8
+    with pytest.raises(UserError, match=r"fake: score under 0\.7 after 12 updates"):
+        race({"slow": fake([0.1] * 50)}, target=0.7, limit=12)
+
+
+def test_ratios_are_theirs_over_ours() -> None:
+    """Broken once: ours over theirs; mean in place of median."""
+    ours: Any = SimpleNamespace(updates=[{"seconds": 2.0}, {"seconds": 4.0}, {"seconds": 1.0}])
+    theirs: Any = SimpleNamespace(updates=[{"seconds": 6.0}, {"seconds": 4.0}, {"seconds": 10.0}])
+    figures = spread("ratio", list(turns(ours, theirs, "seconds")))
+    assert figures == {"ratio": 3.0, "ratio_min": 1.0, "ratio_max": 10.0}
