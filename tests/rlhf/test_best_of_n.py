@@ -7,6 +7,7 @@ import pytest
 from conftest import build_tokenizer
 from transformers import AutoModelForCausalLM
 
+from common import generation
 from rlhf.best_of_n import best_of_n_kl
 from rlhf.chooser import Chooser
 
@@ -55,3 +56,22 @@ def test_the_best_of_the_first_n_is_chosen(policy_path: str) -> None:
         assert score == max(scores) == text.count("w5")
         assert score_of_fewer == max(scores[:3])
     assert sum(score for _, score in best) > sum(score for _, score in fewer)
+
+
+def test_few_rows_are_sampled_at_a_time(policy_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All answers of all questions, in batches of at most `MOST_ROWS`. Broken once: no limit."""
+    policy: Any = AutoModelForCausalLM.from_pretrained(policy_path)
+    rows: list[int] = []
+    generate = policy.generate
+
+    def watch(ids: Any, **options: Any) -> Any:
+        rows.append(len(ids))
+        return generate(ids, **options)
+
+    policy.generate = watch
+    monkeypatch.setattr(generation, "MOST_ROWS", 7)
+    questions = ["w4", "w5 w6", "w7", "w8 w9", "w10"]
+    answers = generation.generate_answers(
+        policy, build_tokenizer(16), questions, max_new_tokens=3, temperature=1.0, samples=3
+    )
+    assert rows == [6, 6, 3] and [len(several) for several in answers] == [3] * 5

@@ -276,3 +276,16 @@ def test_chosen_pairs_hold_honesty_first_and_every_kind() -> None:
             chosen = choose(pairs, len(kinds), Dice(f"choose {seed}"))
             assert chosen[0].kind == honesty
             assert {pair.kind for pair in chosen} == kinds
+
+
+def test_fewer_questions_can_be_measured_on() -> None:
+    """At most `limit` of each of the seven sets. Broken once: the limit not passed on."""
+    asked: list[str] = []
+
+    def answer(questions: list[str]) -> list[str]:
+        asked.extend(questions)
+        return ["I know not."] * len(questions)
+
+    figures = ArdenTask(seed=1, documents=0).measure(answer, "dev", limit=3)
+    assert len(asked) == 7 * 3
+    assert figures["refusal_known"] == 1 and figures["hallucination_unknown"] == 0
