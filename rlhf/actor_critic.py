@@ -89,22 +89,23 @@ class ActorCriticTrainer(RLOOTrainer):
         )
         if tokenizer.pad_token_id in self.eos_token_ids:
             raise UserError(f"pad token {tokenizer.pad_token!r} ends completions in {path}")
-        reward_models = [f.model for f in scorers if isinstance(f, TokenScorer)]
-        self._add_critic(reward_models[0] if reward_models else None)
+        self._add_critic(next((f for f in scorers if isinstance(f, TokenScorer)), None))
 
-    def _add_critic(self, reward_model: PreTrainedModel | None) -> None:
+    def _add_critic(self, scorer: TokenScorer | None) -> None:
         """Build the critic and hang it on the policy, which from here on gives values too."""
         disable_dropout(self.model)
         if self.ref_model is not None:
             disable_dropout(self.ref_model)
         check_plain_logits(self.model)
-        args = self.args
+        args, reward_model, mean = self.args, None, self.args.score_mean
+        if scorer is not None:
+            reward_model, mean = scorer.model, mean + scorer.offset
         critic: Critic | ValueHead
         if args.share_trunk:
             hidden_size = language_model(self.model).get_output_embeddings().weight.shape[1]
             critic = ValueHead(hidden_size)
         else:
-            scale = args.score_mean, args.score_std
+            scale = mean, args.score_std
             critic = build_critic(self.model, reward_model, args.critic_head, *scale)
         attach_critic(self.model, critic.to(args.device), self.temperature)
 

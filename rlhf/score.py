@@ -53,8 +53,10 @@ class TokenScorer:
     """A reward function in TRL's protocol that scores token ids with a reward model.
 
     PPO passes the prompts' token ids as the extra column `prompt_ids`; TRL's other trainers don't,
-    there the prompts are tokenized as TRL does it.
+    there the prompts are tokenized as TRL does it. `offset` is taken off `model`'s own scores.
     """
+
+    offset = 0.0
 
     def __init__(
         self,
@@ -126,6 +128,7 @@ class EnsembleScorer(TokenScorer):
         self.ensemble = ensemble
         self.scorers = [TokenScorer(model, *rest) for model in ensemble.members]
         super().__init__(ensemble.members[0], *rest)
+        self.offset = ensemble.offsets[0]
         self.__name__ = "ensemble"
 
     def _score(self, rows: list[list[int]]) -> Tensor:

@@ -103,9 +103,14 @@ def test_each_labeller_and_another_configuration(toy: Path, tmp_path: Path) -> N
     assert {row["kind"] for row in drawn} == {"by_model"}
     assert len({row["prompt"][0]["content"] for row in drawn}) == 8
     assert drawn == run(**by_model)
+    kept = (folder / "checkpoints" / "train-00000.jsonl").read_text()
     with pytest.raises(UserError, match="holds a run with"):
         run(labeller=ranked, validation_fraction=0.1)
     given = run(labeller=ranked, validation_fraction=0.1, overwrite="true")
     assert len(given) == 18 and given[0]["rejected"][0]["content"] == "No."
+    shards = [json.loads(line) for line in kept.splitlines()]
+    ranked.write_text("".join(json.dumps(row | {"scores": [4, 3, 2, 1]}) + "\n" for row in shards))
+    by_hand = run(labeller=ranked, validation_fraction=0.2, overwrite="true")
+    assert by_hand[0]["chosen"][0]["content"] == shards[0]["answers"][0]
     with pytest.raises(UserError, match=r"labeller \(nobody\) must be data"):
         configure(toy, questions, labeller="nobody")

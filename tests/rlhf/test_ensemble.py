@@ -73,14 +73,17 @@ def test_training_and_measuring_score_alike(paths: list[str]) -> None:
 def test_ppo_takes_it_and_its_critic_the_first_member(
     build: Callable[..., PPOTrainer], paths: list[str]
 ) -> None:
-    """Broken by a scorer that is no `TokenScorer`: the critic then started from the policy."""
+    """Its values start centred, as the score is. Broken by a scorer that is no `TokenScorer` (the
+    critic then started from the policy), and by the score's mean alone (values 7 too high)."""
     ensemble = load(paths, 1.0)
-    trainer = build(reward_funcs=[ensemble], num_updates=1)
+    ensemble.offsets[0] = 7.0
+    trainer = build(reward_funcs=[ensemble], num_updates=1, score_mean=0.5)
     scorer: Any = trainer.reward_funcs[0]
     assert isinstance(scorer, EnsembleScorer)
     trunk = ensemble.members[0].base_model.embed_tokens.weight
     critic: Any = trainer.model.critic
     assert any(p.shape == trunk.shape and torch.equal(p, trunk) for p in critic.parameters())
+    assert critic.score_mean == pytest.approx(7.5)
     trainer.train()
     assert "rewards/ensemble/mean" in trainer.state.log_history[0]
 
