@@ -59,7 +59,7 @@ arden-report: setup
 	$(BIN)/python -m common.arden.report $(if $(FOLDERS),$(FOLDERS),out/arden)
 
 rounds: setup
-	$(BIN)/python -m common.rounds --profile $(PROFILE) --rounds $(or $(ROUNDS),2)
+	$(BIN)/python -m common.rounds --profile $(PROFILE) --rounds $(or $(ROUNDS),2) $(ARGS)
 
 sweep: setup
 	$(BIN)/python -m common.sweep --profile $(PROFILE) --stage $(STAGE) --field $(FIELD) --values $(VALUES) -- $(if $(DATA),--data $(DATA)) $(ARGS)
