@@ -113,9 +113,10 @@ def start(
 
 
 def stop(workers: dict[str, Worker]) -> None:
-    """End the processes."""
+    """End the processes: there is nothing to be saved."""
     for worker in workers.values():
-        worker.process.communicate("stop\n")
+        worker.process.kill()
+        worker.process.communicate()
 
 
 def take_turns(workers: dict[str, Worker], rounds: int) -> None:

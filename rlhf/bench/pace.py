@@ -1,7 +1,7 @@
 """A trainer that takes one update at a time, when it is told to, and says what it took.
 
 The bench lets several trainers take turns in this way, each in a process of its own, so that what
-else the machine does falls on all of them alike. `go` on standard input is answered by one line of
+else the machine does falls on all of them alike. A line on standard input is answered by a line of
 JSON on standard output; whatever else a trainer prints goes to standard error.
 """
 
@@ -49,6 +49,6 @@ class Pace(TrainerCallback):
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         self.answers.write(json.dumps({**line, "peak_mb": peak_mb}) + "\n")
         self.answers.flush()
-        if sys.stdin.readline().strip() != "go":
+        if not sys.stdin.readline():  # the bench has ended
             raise SystemExit
         self.wall, self.cpu = time.perf_counter(), time.process_time()

@@ -51,7 +51,6 @@ def test_a_worker_takes_an_update_when_told_to(tmp_path: Path) -> None:
     workers = start(TINY, shared, tmp_path, trl112=None)
     take_turns(workers, rounds=2)
     stop(workers)
-    assert workers["ours"].process.returncode == 0
     assert len(workers["ours"].updates) == 2
     for update in workers["ours"].updates:
         phases = ("generation", "scoring", "rollout_forward", "forward", "backward")
