@@ -6,13 +6,11 @@ make pretrain PROFILE=web ACCELERATE=ddp   text streamed from the Hub, or from D
 accelerate launch -m pretrain --config configs/arden/pretrain.yaml --max_steps 500
 """
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import set_seed
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -31,6 +29,7 @@ from common.token_shards import SPLITS
 from common.tokenizer import load_tokenizer, model_vocab_size
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.stream import make_tokenizer, open_stream
+from pretrain.trackers import make_accelerator
 from pretrain.train import train
 
 
@@ -55,12 +54,7 @@ def main() -> None:
     if output.finished:
         print(f"{output.path} is finished; --overwrite true to train it anew")
         return
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.bf16 else "no",
-        gradient_accumulation_steps=1,  # the loop adds up its micro-batches itself
-        # the others wait for the one that prepares the text
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
-    )
+    accelerator = make_accelerator(config)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             output.start()
@@ -87,6 +81,7 @@ def main() -> None:
         first = tokenizer.bos_token_id if task.documents_apart else tokenizer("\n").input_ids[0]
         output.finish(model, tokenizer, summary, write_samples(model, tokenizer, first))
         print(" ".join(f"{name} {value}" for name, value in summary.items()))
+    accelerator.end_training()
 
 
 def prepare_text(task: Task, config: ModelConfig, folder: Path) -> None:

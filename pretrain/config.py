@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from accelerate.tracking import get_available_trackers
+
 from common.device import has_bf16
 from common.errors import UserError
 
@@ -107,6 +109,9 @@ class PretrainConfig:
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16 products; default: where they are fast"}
     )
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = field(
+        default="none", metadata={"help": "where to follow the run, beside metrics.jsonl"}
+    )
     torch_compile: bool = field(
         default=False, metadata={"help": "worth its 10 to 20 s from a minute of training on"}
     )
@@ -115,12 +120,17 @@ class PretrainConfig:
         """Ask the machine for its precision, and refuse what cannot work.
 
         Raises:
-            UserError: a count below 1, or a share outside [0, 1].
+            UserError: a count below 1, a share outside [0, 1], or a tracker that is not installed.
         """
         self.bf16 = has_bf16() if self.bf16 is None else self.bf16
         for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.report_to not in ("none", *map(str, get_available_trackers())):
+            raise UserError(
+                f"report_to ({self.report_to}) is not installed: pip install {self.report_to}, or "
+                "leave it out, for metrics.jsonl is written anyway"
+            )
         for name in ("decay_fraction", "validation_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} ({getattr(self, name)}) must lie between 0 and 1")

@@ -36,6 +36,7 @@ from common.tokenizer import load_tokenizer
 from pretrain.__main__ import count_parameters, make_model, prepare_text
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.lesson_plot import plot_ladder
+from pretrain.trackers import make_accelerator
 from pretrain.train import evaluate, token_loss, train
 from pretrain.windows import training_starts
 
@@ -290,7 +291,7 @@ def main() -> None:
     gap = max(float((average_by_loop(x) - other).abs().max()) for other in others)
     print(f"the past averaged by loop, matrix product and softmax: largest difference {gap:.1e}\n")
     print(f"{'rung':<32} {'parameters':>10} {'val loss':>9} {'lesson':>7} {'seconds':>8}")
-    accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no")
+    accelerator = make_accelerator(config)
     rows, samples = climb(files, tokenizer, lesson, config, accelerator)
     set_seed(config.seed)
     model = make_model(model_config, tokenizer)
@@ -305,6 +306,7 @@ def main() -> None:
     write_text(folder / "samples.md", "# What each rung writes\n\n" + "\n".join(texts))
     write_text(folder / "plot.svg", plot_ladder(rows))
     write_json(folder / "summary.json", {"averages_differ_by": gap, "rungs": rows})
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -5,17 +5,15 @@ python -m pretrain.plan --config configs/web/gpt3_175b.yaml --devices 1024 --sha
 
 The model is built and run forward as stage 1 does, on tensors that have sizes and no content
 (`FakeTensorMode`): so parameters, optimizer states and what the forward pass keeps for the backward
-are counted, not estimated. FLOPs follow a formula (`flops_per_token`).
+are counted, not estimated. FLOPs follow a formula (`pretrain.speed`).
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from common.config import parse_config, run
 from common.errors import UserError
@@ -23,6 +21,7 @@ from common.gpt import build_gpt
 from pretrain.__main__ import count_parameters, gpt_config
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.optimizer import build_optimizers
+from pretrain.speed import flops_per_token
 from pretrain.train import token_loss
 
 
@@ -89,20 +88,6 @@ def count(config: PreTrainedConfig, batch_size: int) -> Counts:
 
 def _bytes_of(optimizer: torch.optim.Optimizer) -> int:
     return sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
-
-
-def flops_per_token(model: Any) -> int:
-    """Of forward and backward: 6 a weight in a matrix product, 12 L H T for attention.
-
-    A weight multiplies and adds once forward, twice backward; so do the T x T scores and their
-    product with the values, the half above the diagonal included (PaLM, arXiv:2204.02311, app. B).
-    Tables that are only looked up, norms and biases count nothing.
-    """
-    config = model.config
-    products = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
-    width = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    mixed = config.num_hidden_layers * config.num_attention_heads * width
-    return 6 * products + 12 * mixed * config.max_position_embeddings
 
 
 def activation_bytes(model: Any, batch_size: int) -> int:

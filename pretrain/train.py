@@ -25,6 +25,7 @@ from common.errors import UserError
 from common.token_file import TokenFile
 from pretrain.config import PretrainConfig
 from pretrain.optimizer import build_optimizers
+from pretrain.trackers import Gauge, start_trackers
 from pretrain.windows import document_positions, evaluation_spans, source_rows, training_starts
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, position_ids: (B, T) int64 each
@@ -55,6 +56,7 @@ def train(
         bf16=bool(config.bf16),
     )
     full_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    gauge = Gauge(model, config, accelerator)
     net, *optimizers = accelerator.prepare(model, *optimizers)
     forward = net
     if config.torch_compile:
@@ -65,6 +67,7 @@ def train(
     main = accelerator.is_main_process
     if main:
         metrics.rewind(step)
+    start_trackers(config, accelerator, step)
     progress = tqdm(total=config.max_steps, initial=step, disable=not main, unit="step")
     clock = time.perf_counter() - seconds  # runs while training, stands still while evaluating
     figures: dict[str, float] = {}
@@ -91,10 +94,16 @@ def train(
             clock = time.perf_counter() - seconds
         if step % config.logging_steps == 0 or figures:
             tokens = step * tokens_per_step(block_size, config, accelerator)
-            progress.set_postfix(loss=f"{values['loss']:.3f}", tok_s=f"{tokens / seconds:,.0f}")
+            speed = gauge.read(tokens, seconds)
+            progress.set_postfix(
+                loss=f"{values['loss']:.3f}",
+                tok_s=f"{speed['tokens_per_second']:,.0f}",
+                mfu=f"{speed['utilisation']:.1%}",
+            )
             line = {"step": step, **values, "rate": rate, "tokens": tokens, **figures}
             if main:
                 metrics.write(line | {"seconds": round(seconds, 2)})
+            accelerator.log(line | speed, step=step)
         if step % config.save_steps == 0 and step < config.max_steps:
             save_checkpoint(accelerator, config, step, time.perf_counter() - clock)
         final, figures = figures, {}

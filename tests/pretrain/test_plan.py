@@ -11,7 +11,8 @@ from common.errors import UserError
 from common.gpt import build_config, build_gpt
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.optimizer import build_optimizers
-from pretrain.plan import Counts, PlanConfig, activation_bytes, count, flops_per_token, plan
+from pretrain.plan import Counts, PlanConfig, activation_bytes, count, plan
+from pretrain.speed import flops_per_token
 from pretrain.train import token_loss
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
