@@ -14,6 +14,7 @@
 #   make check-data [CONFIG=configs/own/sft.yaml] [DATA=path]   what a stage would train on
 #   make lesson     the lesson's ladder on Tiny Shakespeare, rung by rung [DATA=path]
 #   make bench-rlhf [TRL112=path/to/python]   our PPO's speed and memory, and TRL 1.12's beside
+#   make bench-pretrain   pretraining's speed [DATA=path] [NANOGPT=path to a checkout, to run beside]
 #   make check      style, lint and types
 
 PROFILE ?= arden
@@ -33,7 +34,7 @@ LAUNCH = $(BIN)/accelerate launch --quiet --config_file configs/accelerate/$(ACC
 BY_METHOD = $(if $(METHOD),--method $(METHOD) --output_dir out/$(PROFILE)/rlhf_$(METHOD))
 STAGES := pretrain sft reward rlhf
 
-.PHONY: setup test check check-data all chat lesson clean rankings rounds sweep rlhf_judge arden-report frontier bench-rlhf $(STAGES)
+.PHONY: setup test check check-data all chat lesson clean rankings rounds sweep rlhf_judge arden-report frontier bench-rlhf bench-pretrain $(STAGES)
 
 setup: .venv/installed
 
@@ -72,6 +73,9 @@ bench-rlhf: setup
 
 lesson: setup
 	$(BIN)/python -m pretrain.lesson --config configs/shakespeare/lesson.yaml $(if $(DATA),--data $(DATA)) $(ARGS)
+
+bench-pretrain: setup
+	$(BIN)/python -m pretrain.bench $(if $(DATA),--data $(DATA)) $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(ARGS)
 
 chat: setup
 	$(BIN)/python -m common.chat out/$(PROFILE) $(if $(STAGE),--stage $(STAGE))

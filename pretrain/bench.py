@@ -1,0 +1,230 @@
+"""Speed of pretraining, by itself or beside nanoGPT in the same minutes.
+
+make bench-pretrain DATA=input.txt                    ours alone
+make bench-pretrain DATA=input.txt NANOGPT=path       beside a checkout of nanoGPT
+make bench-pretrain DATA=input.txt ARGS="--rounds 1 --threads 2"
+
+Every run is a process of its own, pinned to the same cores with the same number of threads; a round
+goes through all of them, so that both sides see the machine at its best and worst. The table, and
+`pretrain.json` with it, has for each figure the median over the rounds, least and greatest. What
+each figure is: docs/pretrain.md.
+"""
+
+import datetime
+import os
+import platform
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.artifacts import write_json
+from common.config import parse_config, run
+from common.errors import UserError
+from common.tasks import load_task
+from pretrain.bench_runs import Run, Shape, copy_nanogpt, run_nanogpt, run_ours
+from pretrain.speed import flops_per_token, matmul_peak
+
+TARGET = 1.898  # exact validation loss of nanoGPT's README run on CPU, 0.8M parameters
+README_STEPS = 2000  # of that run
+SMALL = Shape(layers=4, heads=4, hidden=128, block_size=64, batch_size=12)
+LARGE = Shape(layers=6, heads=6, hidden=384, block_size=256, batch_size=16)
+BLOCK = {"0p8m": 10, "10p8m": 2}  # steps over which a speed is taken
+EQUAL_TIME_BATCH = 32  # windows a step when there is nanoGPT's time to use
+
+
+@dataclass
+class BenchConfig:
+    """What to run, and on how much of the machine."""
+
+    data: str = field(default="shakespeare", metadata={"help": "Tiny Shakespeare: name or file"})
+    nanogpt: str | None = field(
+        default=None, metadata={"help": "checkout of nanoGPT to run beside"}
+    )
+    output_dir: str = field(default="out/bench", metadata={"help": "where pretrain.json goes"})
+    rounds: int = field(default=3, metadata={"help": "times through all runs, a seed each"})
+    seed: int = field(default=0, metadata={"help": "ours, of the first round"})
+    threads: int = field(default=1, metadata={"help": "of every run, each on a core of its own"})
+    target_steps: int = field(default=200, metadata={"help": f"ours, to a loss of {TARGET}"})
+    small_steps: int = field(default=200, metadata={"help": "ours, at nanoGPT's 0.8M shape"})
+    large_steps: int = field(default=16, metadata={"help": "both, at its 10.8M shape"})
+    torch_compile: bool = field(default=True, metadata={"help": "ours, too, as nanoGPT is"})
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            UserError: too few steps or rounds, no such cores, no nanoGPT at the path.
+        """
+        least = {"rounds": 1, "threads": 1, "target_steps": 30, "small_steps": 30, "large_steps": 6}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UserError(f"{name} ({getattr(self, name)}) must be at least {value}")
+        if not hasattr(os, "sched_setaffinity"):
+            raise UserError("this system does not pin processes to cores: run the bench on Linux")
+        cores = len(os.sched_getaffinity(0))
+        if self.threads > cores:
+            raise UserError(f"threads ({self.threads}) must be at most {cores}, the cores here")
+        if self.nanogpt and not (Path(self.nanogpt) / "train.py").exists():
+            raise UserError(f"{self.nanogpt}: no train.py there; give a checkout of nanoGPT")
+
+
+def main() -> None:
+    """Run the rounds, print the table, write `pretrain.json`."""
+    (config,) = parse_config(BenchConfig)
+    folder = Path(config.output_dir)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-config.threads :])
+    torch.set_num_threads(config.threads)
+    task = load_task(config.data, plays=True)
+    if config.nanogpt:
+        copy_nanogpt(Path(config.nanogpt), folder / "nanogpt", task)
+    rounds = []
+    for number in range(config.rounds):
+        rounds.append(one_round(config, folder, seed=config.seed + number))
+        print(f"round {number + 1}/{config.rounds}: {rounds[-1]}", flush=True)
+    figures = summarise(rounds)
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "machine": _processor(),
+        "torch": torch.__version__,
+        "threads": config.threads,
+        "rounds": config.rounds,
+        "target_steps": config.target_steps,
+    }
+    write_json(folder / "pretrain.json", about | figures)
+    print("\n".join(format_table(figures)))
+
+
+def one_round(config: BenchConfig, folder: Path, seed: int) -> dict[str, float | None]:
+    """All runs once; figures by name, ratios as ours over theirs."""
+    cpu, threads = torch.device("cpu"), config.threads
+    peaks = {
+        "bf16": matmul_peak(torch.bfloat16, cpu) / 1e9,
+        "fp32": matmul_peak(torch.float32, cpu) / 1e9,
+    }
+    values: dict[str, float | None] = {
+        "load_average": os.getloadavg()[0],
+        **{f"matmul_gflops_{name}": peak for name, peak in peaks.items()},
+    }
+    common: dict[str, Any] = {
+        "data": Path(config.data).absolute() if Path(config.data).exists() else config.data
+    }
+    common |= {"seed": seed, "torch_compile": config.torch_compile}
+
+    def ours(name: str, **fields: Any) -> Run:
+        block = BLOCK["10p8m" if name == "10p8m" else "0p8m"]
+        return run_ours(folder / name, common | fields, threads, block)
+
+    def theirs(name: str, shape: Shape, steps: int) -> Run | None:
+        if not config.nanogpt:
+            return None
+        # Neither an evaluation nor a checkpoint in so short a run as the large one
+        short = {} if steps % 250 == 0 else {"eval_interval": 100_000, "eval_iters": 1}
+        return run_nanogpt(folder / "nanogpt", shape, steps, threads, BLOCK[name], **short)
+
+    target = ours("target", max_steps=config.target_steps)
+    values |= _describe("", "target", target) | {"val_loss_target": target.val_loss}
+    small = theirs("0p8m", SMALL, README_STEPS)
+    values |= _compare("0p8m", ours("0p8m", **SMALL.ours(), max_steps=config.small_steps), small)
+    values |= _peak_fractions("0p8m", folder, values, peaks)
+    large = theirs("10p8m", LARGE, config.large_steps)
+    values |= _compare("10p8m", ours("10p8m", **LARGE.ours(), max_steps=config.large_steps), large)
+    values |= _peak_fractions("10p8m", folder, values, peaks)
+    reached = target.val_loss <= TARGET
+    values["train_seconds_to_1p898"] = target.train_seconds if reached else None
+    if small:
+        values["nanogpt_val_loss"] = small.val_loss
+        ratio = target.train_seconds / small.train_seconds
+        values["train_time_ratio_to_1p898"] = ratio if reached else None
+        values["wall_time_ratio_to_1p898"] = (
+            target.wall_seconds / small.wall_seconds if reached else None
+        )
+        step_tokens = EQUAL_TIME_BATCH * SMALL.block_size
+        tokens = small.train_seconds * target.train_tokens / target.train_seconds
+        equal = ours(
+            "equal_time",
+            max_steps=max(30, int(tokens / step_tokens)),
+            per_device_train_batch_size=EQUAL_TIME_BATCH,
+        )
+        values["val_loss_at_equal_time"] = equal.val_loss
+        values["train_time_ratio_at_equal_time"] = equal.train_seconds / small.train_seconds
+    return values
+
+
+def _compare(name: str, ours: Run, theirs: Run | None) -> dict[str, float]:
+    values = _describe("", name, ours)
+    if theirs:
+        values |= _describe("nanogpt_", name, theirs)
+        ratio = ours.tokens_per_second / theirs.tokens_per_second
+        values[f"tokens_per_second_ratio_{name}"] = ratio
+    return values
+
+
+def _describe(prefix: str, name: str, one: Run) -> dict[str, float]:
+    return {
+        f"{prefix}{figure}_{name}": getattr(one, figure)
+        for figure in (
+            "tokens_per_second",
+            "train_seconds",
+            "wall_seconds",
+            "memory_gb",
+            "core_share",
+        )
+    }
+
+
+def _peak_fractions(
+    name: str, folder: Path, values: dict[str, Any], peaks: dict[str, float]
+) -> dict[str, float]:
+    """Model FLOPs over the measured matmul rate: ours, and nanoGPT's at the same shape."""
+    flops = flops_per_token(AutoModelForCausalLM.from_pretrained(folder / name))
+    return {
+        f"{who}{kind}_peak_fraction_{name}": speed * flops / 1e9 / peak
+        for who in ("", "nanogpt_")
+        for kind, peak in peaks.items()
+        if (speed := values.get(f"{who}tokens_per_second_{name}"))
+    }
+
+
+def summarise(rounds: list[dict[str, float | None]]) -> dict[str, float | None]:
+    """Median, least and greatest of each figure; None where a round has none to give.
+
+    >>> summarise([{"a": 1.0}, {"a": 3.0}, {"a": 2.0}])
+    {'a': 2.0, 'a_min': 1.0, 'a_max': 3.0}
+    """
+    figures: dict[str, float | None] = {}
+    for name in rounds[0]:
+        found = [value for one in rounds if (value := one[name]) is not None]
+        whole = len(found) == len(rounds)
+        figures[name] = statistics.median(found) if whole else None
+        figures[f"{name}_min"] = min(found) if whole else None
+        figures[f"{name}_max"] = max(found) if whole else None
+    return figures
+
+
+def format_table(figures: dict[str, float | None]) -> list[str]:
+    """A line a figure: name, median, least and greatest."""
+
+    def text(value: float | None) -> str:
+        return "not reached" if value is None else f"{value:,.4g}"
+
+    lines = [f"{'':<36}{'median':>12}{'least':>12}{'greatest':>12}"]
+    for name in (name for name in figures if f"{name}_min" in figures):
+        three = (figures[name], figures[f"{name}_min"], figures[f"{name}_max"])
+        lines.append(f"{name:<36}" + "".join(f"{text(value):>12}" for value in three))
+    return lines
+
+
+def _processor() -> str:
+    """The processor's name, as Linux gives it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    run(main)
