@@ -1,10 +1,12 @@
-"""The alignment story of Arden in one table: before, after PPO, and with the known truth as reward.
+"""The alignment story of Arden: before, after PPO, and with the known truth as reward.
 
     make arden-report                       out/arden
     python -m common.arden.report out/arden out/arden-1 out/arden-2      three seeds
 
-Each figure is the mean over the folders (one a seed). Behind ± stands, of one folder, the standard
-error over questions, sqrt(p (1 - p) / n); of several, the standard deviation over them.
+One table is of greedy answers, one of answers drawn at temperature 1; a line below compares gold of
+drawn answers with the best of many. Each figure is the mean over the folders (one a seed). Behind ±
+stands, of one folder, the standard error over questions, sqrt(p (1 - p) / n); of several, the
+standard deviation over them.
 """
 
 import math
@@ -52,18 +54,26 @@ def main() -> None:
         missing = folders[summaries["rlhf"].index(None)]
         raise UserError(f"no finished rlhf in {missing}: run `make all` first")
     columns = {name: c for name, c in COLUMNS.items() if None not in summaries[c[0]]}
-    print("| | " + " | ".join(columns) + " |")
-    print("|---" * (1 + len(columns)) + "|")
     counts = {name: len(asked) for name, asked in evaluation_questions(build_realm(1)).items()}
-    for figure, asked in FIGURES.items():
-        cells = [
-            show(
-                [summary[f"{figure}_{when}"] for summary in summaries[stage]],
-                counts.get(asked or ""),
-            )
-            for stage, when in columns.values()
-        ]
-        print(f"| {figure} | " + " | ".join(cells) + " |")
+    for title, ending in (("greedy", ""), ("at temperature 1", "_sampled")):
+        print(f"\n| {title} | " + " | ".join(columns) + " |")
+        print("|---" * (1 + len(columns)) + "|")
+        for figure, asked in FIGURES.items():
+            cells = [
+                show(
+                    [summary[f"{figure}{ending}_{when}"] for summary in summaries[stage]],
+                    counts.get(asked or ""),
+                )
+                for stage, when in columns.values()
+            ]
+            print(f"| {figure} | " + " | ".join(cells) + " |")
+    runs = summaries["rlhf"]
+    for best in (name for name in runs[0] if name.startswith("gold_best_of_")):
+        gold = {
+            name: show([run[name] for run in runs], None)
+            for name in ("gold_drawn_before", "gold_drawn_after", best)
+        }
+        print("\n" + ", ".join(f"{name} {value}" for name, value in gold.items()))
 
 
 def show(values: list[Any], questions: int | None) -> str:
