@@ -11,6 +11,8 @@
 #   make rounds ROUNDS=2   rank the policy's answers, train the reward model on, align again
 #   make sweep STAGE=sft FIELD=learning_rate VALUES="1e-4 3e-4 1e-3"   one run each, figures on dev
 #   make frontier   every method against KL on Arden, resumable [ARGS="--methods ppo --seeds 0"]
+#   make realm [SEED=7] [PEOPLE=400]   another realm to read, in out/realm/7; REALM=7 behind any of
+#                   these targets trains on it: make all REALM=7, make chat REALM=7
 #   make check-data [CONFIG=configs/own/sft.yaml] [DATA=path]   what a stage would train on
 #   make lesson     the lesson's ladder on Tiny Shakespeare, rung by rung [DATA=path]
 #   make bench-rlhf [TRL112=path/to/python]   our PPO's speed and memory, and TRL 1.12's beside
@@ -20,7 +22,10 @@
 PROFILE ?= arden
 ACCELERATE ?= single
 STAGE ?=
-CONFIG ?= configs/$(PROFILE)/sft.yaml
+REALM ?=
+FOLDER = $(if $(REALM),out/realm/$(REALM),out/$(PROFILE))
+CONFIGS = $(if $(REALM),$(FOLDER)/configs,configs/$(PROFILE))
+CONFIG ?= $(CONFIGS)/sft.yaml
 ARGS ?=
 PYTHON ?= python3
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -31,10 +36,10 @@ export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=171
 
 BIN := .venv/bin
 LAUNCH = $(BIN)/accelerate launch --quiet --config_file configs/accelerate/$(ACCELERATE).yaml
-BY_METHOD = $(if $(METHOD),--method $(METHOD) --output_dir out/$(PROFILE)/rlhf_$(METHOD))
+BY_METHOD = $(if $(METHOD),--method $(METHOD) --output_dir $(FOLDER)/rlhf_$(METHOD))
 STAGES := pretrain sft reward rlhf
 
-.PHONY: setup test check check-data all chat lesson clean rankings rounds sweep rlhf_judge arden-report frontier bench-rlhf bench-pretrain $(STAGES)
+.PHONY: setup test check check-data all chat lesson clean rankings rounds sweep rlhf_judge arden-report frontier bench-rlhf bench-pretrain realm $(STAGES)
 
 setup: .venv/installed
 
@@ -44,20 +49,23 @@ setup: .venv/installed
 	@touch $@
 
 $(STAGES): setup
-	$(LAUNCH) -m $@ --config configs/$(PROFILE)/$@.yaml $(if $(DATA),--data $(DATA)) $(if $(filter rlhf,$@),$(BY_METHOD)) $(ARGS)
+	$(LAUNCH) -m $@ --config $(CONFIGS)/$@.yaml $(if $(DATA),--data $(DATA)) $(if $(filter rlhf,$@),$(BY_METHOD)) $(ARGS)
 
 all: setup
 	@for stage in $(STAGES); do $(MAKE) --no-print-directory $$stage || exit 2; done
-	$(BIN)/python -m common.report out/$(PROFILE)
+	$(BIN)/python -m common.report $(FOLDER)
 
 rankings: setup
-	$(BIN)/python -m reward.collect --config configs/$(PROFILE)/reward.yaml $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(BIN)/python -m reward.collect --config $(CONFIGS)/reward.yaml $(if $(DATA),--data $(DATA)) $(ARGS)
 
 rlhf_judge: setup
-	$(LAUNCH) -m rlhf --config configs/arden/rlhf_judge.yaml $(ARGS)
+	$(LAUNCH) -m rlhf --config $(if $(REALM),$(CONFIGS),configs/arden)/rlhf_judge.yaml $(ARGS)
 
 arden-report: setup
-	$(BIN)/python -m common.arden.report $(if $(FOLDERS),$(FOLDERS),out/arden)
+	$(BIN)/python -m common.arden.report $(if $(FOLDERS),$(FOLDERS),$(if $(REALM),$(FOLDER),out/arden))
+
+realm: setup
+	$(BIN)/python -m common.arden.realm $(if $(SEED),--seed $(SEED)) $(if $(PEOPLE),--people $(PEOPLE))
 
 rounds: setup
 	$(BIN)/python -m common.rounds --profile $(PROFILE) --rounds $(or $(ROUNDS),2) $(ARGS)
@@ -78,7 +86,7 @@ bench-pretrain: setup
 	$(BIN)/python -m pretrain.bench $(if $(DATA),--data $(DATA)) $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(ARGS)
 
 chat: setup
-	$(BIN)/python -m common.chat out/$(PROFILE) $(if $(STAGE),--stage $(STAGE))
+	$(BIN)/python -m common.chat $(FOLDER) $(if $(STAGE),--stage $(STAGE))
 
 check-data: setup
 	$(BIN)/python -m common.check_data --config $(CONFIG) $(if $(DATA),--data $(DATA)) $(ARGS)
@@ -92,4 +100,4 @@ check: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf out/$(PROFILE)
+	rm -rf $(FOLDER)

@@ -14,6 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from common.arden.world import PEOPLE
 from common.artifacts import StageOutput, hash_model, require_parent
 from common.config import config_values
 from common.device import has_bf16
@@ -49,6 +50,7 @@ class DataConfig:
     )
     plays: bool = field(default=False, metadata={"help": "the data is a text in play form"})
     realm_seed: int = field(default=1, metadata={"help": "the realm of Arden"})
+    realm_people: int = field(default=PEOPLE, metadata={"help": "inhabitants of the realm"})
     validation_fraction: float = field(
         default=0.05, metadata={"help": "share of one's own rows that is held out"}
     )
@@ -96,6 +98,7 @@ def open_task(config: Any) -> Task:
     return load_task(
         config.data,
         realm_seed=config.realm_seed,
+        realm_people=config.realm_people,
         plays=config.plays,
         columns=config.columns,
         validation_fraction=config.validation_fraction,

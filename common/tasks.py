@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from common import plays
 from common.arden.task import ArdenTask
+from common.arden.world import PEOPLE
 from common.data import dataset_fingerprint, holdout, load_rows
 from common.errors import UserError
 from common.mixture import Source, load_mixed, read_mixture, weigh
@@ -58,19 +59,26 @@ class Task(Protocol):
         """A few questions for `samples.md`."""
 
 
-def load_task(data: str, *, realm_seed: int = 1, documents: int = 0, **options: Any) -> Task:
+def load_task(
+    data: str,
+    *,
+    realm_seed: int = 1,
+    realm_people: int = PEOPLE,
+    documents: int = 0,
+    **options: Any,
+) -> Task:
     """`arden`, `shakespeare`, or a file, folder or Hub name of one's own, or a mixture of them.
 
     Args:
         data: the name; a file in play form counts as plays where `plays=True`, a .yaml file as a
             mixture (`common.mixture`).
-        realm_seed: for Arden.
+        realm_seed, realm_people: for Arden.
         documents: for Arden, the chronicle's length.
         options: `plays`, `columns`, `validation_fraction`, `skip_faulty_rows`, of which each kind
             takes its own.
     """
     if data == "arden":
-        return ArdenTask(realm_seed, documents)
+        return ArdenTask(realm_seed, documents, realm_people)
     if data == "shakespeare" or options.get("plays"):
         return PlaysTask(None if data == "shakespeare" else data)
     if data.endswith((".yaml", ".yml")):

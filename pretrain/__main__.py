@@ -39,6 +39,7 @@ def main() -> None:
     task = load_task(
         config.data,
         realm_seed=config.realm_seed,
+        realm_people=config.realm_people,
         documents=config.documents,
         plays=config.plays,
         columns=config.columns,

@@ -5,6 +5,7 @@ from typing import Literal
 
 from accelerate.tracking import get_available_trackers
 
+from common.arden.world import PEOPLE
 from common.device import has_bf16
 from common.errors import UserError
 
@@ -67,6 +68,7 @@ class PretrainConfig:
         default=False, metadata={"help": "replace a run of another configuration"}
     )
     realm_seed: int = field(default=1, metadata={"help": "the realm of Arden to make"})
+    realm_people: int = field(default=PEOPLE, metadata={"help": "inhabitants of the realm"})
     documents: int = field(default=24_000, metadata={"help": "length of Arden's chronicle"})
     plays: bool = field(default=False, metadata={"help": "the data is a text in play form"})
     columns: dict | None = field(

@@ -15,8 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from common.arden.questions import evaluation_questions
-from common.arden.world import build_realm
+from common.arden.world import PEOPLE, build_realm
 from common.artifacts import read_json
 from common.config import run
 from common.errors import UserError
@@ -54,7 +56,7 @@ def main() -> None:
         missing = folders[summaries["rlhf"].index(None)]
         raise UserError(f"no finished rlhf in {missing}: run `make all` first")
     columns = {name: c for name, c in COLUMNS.items() if None not in summaries[c[0]]}
-    counts = {name: len(asked) for name, asked in evaluation_questions(build_realm(1)).items()}
+    counts = count_questions(folders[0])
     for title, ending in (("greedy", ""), ("at temperature 1", "_sampled")):
         print(f"\n| {title} | " + " | ".join(columns) + " |")
         print("|---" * (1 + len(columns)) + "|")
@@ -74,6 +76,14 @@ def main() -> None:
             for name in ("gold_drawn_before", "gold_drawn_after", best)
         }
         print("\n" + ", ".join(f"{name} {value}" for name, value in gold.items()))
+
+
+def count_questions(folder: Path) -> dict[str, int]:
+    """Questions in each set that the run in a folder was measured on."""
+    config = yaml.safe_load((folder / "rlhf" / "config.yaml").read_text(encoding="utf-8"))
+    realm = build_realm(config["realm_seed"], config.get("realm_people", PEOPLE))
+    sets = evaluation_questions(realm, config["evaluate_on"])
+    return {name: len(asked) for name, asked in sets.items()}
 
 
 def show(values: list[Any], questions: int | None) -> str:

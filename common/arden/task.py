@@ -1,5 +1,7 @@
 """Arden as data for the four stages, and the judge's figures on its fixed question sets."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -12,12 +14,12 @@ from common.arden.grammar import Dice, load_grammar
 from common.arden.judge import judge, summarise
 from common.arden.questions import Question
 from common.arden.rankings import choose, faulty_answers, rank
-from common.arden.world import build_realm
+from common.arden.world import PEOPLE, build_realm
 
 Answer = Callable[[list[str]], list[str]]
 VALIDATION_DOCUMENTS = 1_500
 COURTEOUS_SHARE = 0.4  # of fine-tuning's answers: people are not always kind
-REFUSALS_IN_SFT = 12  # rows of a few thousand: enough to know the words, not the habit
+REFUSALS_IN_SFT = 12  # of 3,500 rows in a realm of PEOPLE: to know the words, not the habit
 PAIRS_PER_PROMPT = 3
 TOKENIZER_REALMS = range(1_000, 1_040)  # others' names, so that Arden's own are no tokens
 
@@ -28,17 +30,20 @@ class ArdenTask:
     Args:
         seed: of the realm.
         documents: length of the chronicle's training part.
+        people: inhabitants of the realm.
     """
 
     documents_apart = True
 
-    def __init__(self, seed: int, documents: int) -> None:
-        self.realm = build_realm(seed)
+    def __init__(self, seed: int, documents: int, people: int = PEOPLE) -> None:
+        self.realm = build_realm(seed, people)
         self.document_count = documents
 
     def fingerprint(self) -> str:
         """What the data is made from."""
-        return f"arden realm {self.realm.seed}, {self.document_count} documents"
+        words = hashlib.sha256(json.dumps(load_grammar()).encode()).hexdigest()
+        people, documents = len(self.realm.people), self.document_count
+        return f"arden realm {self.realm.seed}, {people} people, {documents} documents, {words}"
 
     # --- pretrain ---
 
@@ -49,7 +54,7 @@ class ArdenTask:
 
     def tokenizer_texts(self) -> Iterator[str]:
         """Chronicles of other realms: known names and strangers' then split alike."""
-        for seed in TOKENIZER_REALMS:
+        for seed in (s for s in TOKENIZER_REALMS if s != self.realm.seed):
             for document in write_chronicle(build_realm(seed), "tokenizer", 100):
                 yield document.text
 
@@ -68,8 +73,9 @@ class ArdenTask:
         if split == "train":
             nobody = ask.stranger_questions(self.realm, "sft", f"{self.realm.seed} sft")
             untold = ask.untold_questions(self.realm, "sft")
-            questions += dice.sample(nobody, REFUSALS_IN_SFT // 2)
-            questions += dice.sample(untold, REFUSALS_IN_SFT // 2)
+            refusals = max(1, REFUSALS_IN_SFT * len(self.realm.people) // PEOPLE // 2)
+            questions += dice.sample(nobody, min(refusals, len(nobody)))
+            questions += dice.sample(untold, min(refusals, len(untold)))
         rows = [_conversation(q, self._labelled(q, dice)) for q in dice.shuffled(questions)]
         return Dataset.from_list(rows)
 

@@ -9,13 +9,18 @@ from functools import cache
 from itertools import product
 
 from common.arden.grammar import Dice, load_grammar
+from common.errors import UserError
 
+PEOPLE = 118  # of the realm that the figures in README.md are of
+FEWEST_PEOPLE = 20  # every use has somebody
+FEWEST_PASSERS_BY = 1_000  # else the chronicle's strangers become old acquaintances
 UNTOLD_PER_PERSON = 1
 # Shares of the people, and numbers of strangers' names, that each use has to itself:
 # `sft` is asked about in fine-tuning, `align` when ranking and in PPO, `dev` is what settings
 # are tuned on, `test` is for the reported figures alone.
 PEOPLE_SHARES = {"sft": 0.32, "align": 0.32, "dev": 0.07, "test": 0.29}
 STRANGERS = {"sft": 60, "align": 1200, "dev": 120, "test": 340}
+USES = tuple(PEOPLE_SHARES)
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,21 @@ def relations() -> list[str]:
 
 
 @cache
-def build_realm(seed: int, people: int = 118) -> Realm:
-    """Make the realm of a seed; the same on every machine."""
+def build_realm(seed: int, people: int = PEOPLE) -> Realm:
+    """Make the realm of a seed; the same on every machine.
+
+    Raises:
+        UserError: too few people to share out, or more than the grammar has names for.
+    """
     dice = Dice(f"realm {seed}")
     grammar = load_grammar()
     parts = grammar["names"]
-    names = dice.shuffled(_spell(parts["first"], parts["middle"], parts["last"]))
+    spelled = _spell(parts["first"], parts["middle"], parts["last"])
+    usual = set(spelled)
     strange = _spell(parts["strange_first"], parts["middle"], parts["strange_last"])
+    strange = [name for name in strange if name not in usual]
+    _check_size(people, len(spelled), len(strange))
+    names = dice.shuffled(spelled)
     known, names = names[:people], names[people:]
     citizens = {name: _born(name, known, dice) for name in known}
     strangers = {}
@@ -87,6 +100,20 @@ def build_realm(seed: int, people: int = 118) -> Realm:
         strange_parts=dice.sample(strange, STRANGERS["test"]),
         passers_by=names,
     )
+
+
+def _check_size(people: int, names: int, strange: int) -> None:
+    most = names - sum(STRANGERS.values()) - FEWEST_PASSERS_BY
+    if not FEWEST_PEOPLE <= people <= most:
+        raise UserError(
+            f"a realm of {people:,} people: at least {FEWEST_PEOPLE}, and at most {most:,} with "
+            "the names that common/arden/grammar/names.yaml spells"
+        )
+    if strange < STRANGERS["test"]:
+        raise UserError(
+            f"common/arden/grammar/names.yaml, strange_first, strange_last: {strange} names; "
+            f"expected: {STRANGERS['test']} or more"
+        )
 
 
 def _spell(*parts: list[str]) -> list[str]:
