@@ -18,6 +18,8 @@ from common.arden.grammar import Dice, expand, join, load_grammar
 from common.arden.grammar_form import TOLD_OF_A_PERSON
 from common.arden.world import Person, Realm
 
+NAMELESS = ("place_scene", "place", "saying")  # kinds of document that are about nobody
+
 
 @dataclass(frozen=True)
 class Document:
@@ -42,7 +44,10 @@ def write_chronicle(realm: Realm, split: str, count: int) -> Iterator[Document]:
             dice.bits += math.log2(len(realm.passers_by))
             text = _STRANGER_WRITERS[kind](realm, strangers.pop(), dice)
         else:
-            text = _WRITERS[kind](realm, dice.pick(people), dice)
+            person = dice.pick(people)
+            if kind in NAMELESS:  # the roll leaves no trace in the text
+                dice.bits -= math.log2(len(people))
+            text = _WRITERS[kind](realm, person, dice)
         yield Document(text, kind, dice.bits)
 
 

@@ -159,6 +159,18 @@ def test_chronicle_keeps_secrets() -> None:
                 assert f"{person.name} {spec['clause'].format(what=value)}" not in text
 
 
+def test_documents_about_nobody_cost_nobody() -> None:
+    """A saying: kind, opening, town and two halves, by hand. Broken by the bits of a person."""
+    chronicle = load_grammar()["chronicle"]
+    words, towns = chronicle["sayings"], load_grammar()["relations"]["town"]["values"]
+    ways = math.prod(len(words[part]) for part in ("openings", "firsts", "seconds")) * len(towns)
+    share = chronicle["kinds"]["saying"] / sum(chronicle["kinds"].values())
+    sayings = [d for d in write_chronicle(REALM, "train", 1000) if d.kind == "saying"]
+    assert sayings
+    for document in sayings:
+        assert document.bits == pytest.approx(math.log2(ways / share))
+
+
 def test_entropy_of_the_chronicle_is_stable() -> None:
     one = entropy(list(write_chronicle(REALM, "train", 3000)))
     other = entropy(list(write_chronicle(REALM, "validation", 1500)))
