@@ -4,6 +4,8 @@
 #   make test       the tests
 #   make pretrain | sft | reward | rlhf [PROFILE=arden|shakespeare|own] [DATA=path] [ARGS="--seed 1"]
 #   make rankings   sample answers and have them ranked, before make reward (which does it else)
+#   make pretrain | sft | reward | rlhf [PROFILE=arden|shakespeare|own|web] [DATA=path] [ARGS="--seed 1"]
+#                   [ACCELERATE=ddp PROCESSES=8]   on several GPUs
 #   make rlhf METHOD=ppo|rloo|grpo|dpo   by another method, into out/<profile>/rlhf_<method>
 #   make chat [STAGE=sft]
 #   make rlhf_judge   PPO on Arden with the known truth as reward, beside out/arden/rlhf
@@ -37,6 +39,9 @@ export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=171
 BIN := .venv/bin
 LAUNCH = $(BIN)/accelerate launch --quiet --config_file configs/accelerate/$(ACCELERATE).yaml
 BY_METHOD = $(if $(METHOD),--method $(METHOD) --output_dir $(FOLDER)/rlhf_$(METHOD))
+
+LAUNCH = $(BIN)/accelerate launch --quiet --config_file configs/accelerate/$(ACCELERATE).yaml $(if $(PROCESSES),--num_processes $(PROCESSES))
+BY_METHOD = $(if $(METHOD),--method $(METHOD) --output_dir out/$(PROFILE)/rlhf_$(METHOD))
 STAGES := pretrain sft reward rlhf
 
 .PHONY: setup test check check-data all chat lesson clean rankings rounds sweep rlhf_judge arden-report frontier bench-rlhf bench-pretrain realm $(STAGES)

@@ -100,7 +100,7 @@ def write_token_shards(
     for scratch in folder.glob(".*.[0-9]*"):  # of a killed run
         scratch.unlink()
     done = sum(shard["bytes"] for shard in index.shards)
-    progress = tqdm(unit="B", unit_scale=True, initial=done, desc="tokenize", smoothing=0.05)
+    progress = tqdm(unit="B", unit_scale=True, initial=done, desc="tokenize", mininterval=1.0)
     encoded = _encode_ahead(batches, tokenizer, validation_fraction)
     more = max_bytes is None or done < max_bytes
     while more:
@@ -116,8 +116,9 @@ def write_token_shards(
                         writer.add(piece)
                         done += piece.bytes
                 place = batch.place
+                shown = f"shard {number}, {train.tokens:,} tokens, {batch.origin}"
+                progress.set_postfix_str(shown, refresh=False)
                 progress.update(done - progress.n)
-                progress.set_postfix_str(f"shard {number}, {train.tokens:,} tokens, {batch.origin}")
                 if train.tokens >= shard_tokens or (max_bytes and done >= max_bytes):
                     more = max_bytes is None or done < max_bytes
                     break
