@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -99,8 +100,11 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads // config.jobs))}
+    stop = threading.Event()
 
     def execute(name: str) -> None:
+        if stop.is_set():
+            return
         start = time.perf_counter()
         log = folder / f"{name}.log"
         with log.open("w", encoding="utf-8") as file:
@@ -108,6 +112,7 @@ def main() -> None:
                 left[name], stdout=file, stderr=subprocess.STDOUT, env=environment
             ).returncode
         if code:
+            stop.set()
             said = [line for line in log.read_text(encoding="utf-8").splitlines() if line]
             raise UserError(f"{name} ended with code {code}, see {log}: {said[-1] if said else ''}")
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
@@ -116,7 +121,7 @@ def main() -> None:
         try:
             list(pool.map(execute, left))
         finally:
-            pool.shutdown(cancel_futures=True)  # after an error no other run begins
+            stop.set()  # interrupted, too: what has begun ends, no other run begins
     rows = collect(folder)
     table = write_table(rows)
     write_json(folder / "frontier.json", rows)

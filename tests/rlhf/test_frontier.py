@@ -74,12 +74,15 @@ def test_a_tiny_frontier(
 
 
 def test_a_failed_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own last line comes through. Broken once: exit codes not looked at."""
+    """Its own last line comes through, and no other run begins. Broken once: exit codes not looked
+    at; the next seed begun all the same.
+    """
     (tmp_path / "rlhf.yaml").write_text("data: arden\nmodel_name_or_path: nowhere\nreward: judge\n")
     flags = ["--stage_config", str(tmp_path / "rlhf.yaml"), "--output_dir", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["frontier", *flags, "--methods", "ppo", "--betas", "0.1"])
     with pytest.raises(UserError, match=r"ppo_0.1_0 ended with code 2, .*no finished model in now"):
         frontier.main()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["ppo_0.1_0.log"]
     with pytest.raises(UserError, match=r"methods \(trpo\) must be of ppo, rloo"):
         FrontierConfig(methods=["ppo", "trpo"])
     with pytest.raises(UserError, match=r"has data own\.jsonl: gold is arden's"):
