@@ -67,6 +67,10 @@ class FrontierConfig:
     n: list[int] = field(
         default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "answers to choose among"}
     )
+    num_updates: int | None = field(
+        default=None,
+        metadata={"help": "of each run, default stage_config's; give another output_dir"},
+    )
     jobs: int = field(
         default=1, metadata={"help": "runs at a time; each gets its share of OMP_NUM_THREADS"}
     )
@@ -94,7 +98,7 @@ def main() -> None:
     minutes = sum(SECONDS[method_of(name)] for name in left) / 60
     print(
         f"frontier: {len(commands)} runs, {len(commands) - len(left)} of them finished; the others "
-        f"take about {minutes:.0f} min on two quiet cores",
+        f"take about {minutes:.0f} min on two quiet cores (at 8 updates)",
         flush=True,
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,6 +144,8 @@ def plan_runs(config: FrontierConfig) -> dict[str, list[str]]:
                 runs = {BEST_OF_N: ["rlhf.best_of_n", "--questions", "100", "--n", *n]}
             else:
                 settings = ["--method", method, "--seed", str(seed), "--beta"]
+                if config.num_updates:
+                    settings = ["--num_updates", str(config.num_updates), *settings]
                 runs = {f"{method}_{b:g}_{seed}": ["rlhf", *settings, str(b)] for b in config.betas}
             for name, flags in runs.items():
                 command = [sys.executable, "-m", *flags, "--config", config.stage_config]

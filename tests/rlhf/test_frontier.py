@@ -91,7 +91,7 @@ def test_a_failed_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_which_runs() -> None:
-    """Methods x betas x seeds, best of n once. Broken once: the seed not passed on."""
+    """Methods x betas x seeds, best of n once. Broken once: seed or updates not passed on."""
     config = FrontierConfig(methods=["ppo", "best_of_n"], betas=[0.03, 1], seeds=[0, 7], n=[1, 4])
     commands = plan_runs(config)
     assert list(commands) == ["ppo_0.03_0", "ppo_1_0", "best_of_n", "ppo_0.03_7", "ppo_1_7"]
@@ -99,6 +99,9 @@ def test_which_runs() -> None:
     assert "-m rlhf --method ppo --seed 7 --beta 0.03 --config configs/arden/rlhf.yaml" in text
     assert "--output_dir out/arden/frontier/ppo_0.03_7" in text
     assert "-m rlhf.best_of_n" in " ".join(commands["best_of_n"])
+    assert "num_updates" not in text
+    longer = plan_runs(FrontierConfig(methods=["dpo"], betas=[1], seeds=[0], num_updates=16))
+    assert "-m rlhf --num_updates 16 --method dpo" in " ".join(longer["dpo_1_0"])
 
 
 def test_table_is_of_means_over_seeds() -> None:
