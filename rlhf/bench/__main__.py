@@ -33,8 +33,8 @@ from rlhf.bench.problem import Problem, create, write
 REWARD = Problem(vocab_size=200, prompt_tokens=8, completion_tokens=16)
 LENGTHS = Problem(
     vocab_size=64,
-    prompt_tokens=64,
-    completion_tokens=64,
+    prompt_tokens=96,
+    completion_tokens=96,
     varied=True,
     completions=32,
     micro_batch=8,
@@ -154,6 +154,10 @@ def speed(name: str, problem: Problem, workers: dict[str, Worker]) -> Figures:
         figures |= spread(f"{prefix}_samples_per_cpu_second", rates)
         rates = [problem.completions / update["seconds"] for update in worker.updates]
         figures |= spread(f"{prefix}_samples_per_second", rates)
+        if "tokens" in worker.updates[0]:
+            figures[f"{prefix}_tokens_per_sample"] = (
+                worker.total("tokens") / len(worker.updates) / problem.completions
+            )
         figures[f"{prefix}_peak_mb"] = worker.updates[-1]["peak_mb"]
         phases = [p for p in worker.updates[0] if p.endswith("_seconds") and p != "cpu_seconds"]
         for phase in phases:

@@ -77,7 +77,8 @@ def main(folder: Path, name: str) -> None:
 
     def figures() -> dict[str, float]:
         score = trainer._metrics["train"]["score"][-1]
-        told = {"score": score, "kl": trainer.rollout_kl, **phases}
+        tokens = float(trainer._rollout.lengths.sum())
+        told = {"score": score, "kl": trainer.rollout_kl, "tokens": tokens, **phases}
         phases.clear()
         return told
 

@@ -7,6 +7,7 @@ other layers compute is multiplied by 0. Prompts have no good token.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Problem:
     prompts: int = 4096
     prompt_tokens: int = 16  # the longest
     completion_tokens: int = 16  # the longest
-    varied: bool = False  # prompts and completions of any length up to the longest
+    varied: bool = False  # lengths up to the longest, completions of a third of it in the mean
     completions: int = 64  # an update
     micro_batch: int = 64
     learning_rate: float = 1e-3
@@ -83,6 +84,7 @@ def create(problem: Problem, folder: Path) -> None:
         bos_token_id=None,
     )
     policy = Qwen3ForCausalLM(config)
+    set_end(policy, problem)
     reward = reward_model(config, problem)
     for name, model in {"policy": policy, "reward": reward}.items():
         model.save_pretrained(folder / name)
@@ -95,6 +97,22 @@ def create(problem: Problem, folder: Path) -> None:
         length = length.round().clamp(2, problem.prompt_tokens)
         rows.append(torch.randint(problem.good.stop, problem.vocab_size, (int(length),)).tolist())
     (folder / "prompts.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+@torch.no_grad()
+def set_end(policy: Qwen3ForCausalLM, problem: Problem) -> None:
+    """Never draw pad, which TRL 1.12 takes for padding; draw end-of-text as the problem says.
+
+    All embeddings get one constant, which stands out in the last hidden states too; with tied
+    weights, what a token has of it is what all its logits are shifted by.
+    """
+    embeddings = policy.model.embed_tokens.weight
+    embeddings[:, CONST] = 0.3
+    hidden = policy.model(input_ids=torch.tensor([[FIRST_TOKEN]])).last_hidden_state[0, 0, CONST]
+    embeddings[0, CONST] = -20 / hidden  # e^-20 as likely as others
+    if problem.varied:
+        likelier = math.log(3 * problem.vocab_size / problem.completion_tokens)
+        embeddings[1, CONST] += likelier / hidden
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from common.errors import UserError
 from rlhf.bench.__main__ import LENGTHS, REWARD, race, spread, start, stop, take_turns, turns
@@ -42,7 +42,21 @@ def test_the_reward_model_gives_the_share_of_good_tokens(tmp_path: Path) -> None
     assert not {i for ids in prompts for i in ids} & set(REWARD.good)
     create(replace(LENGTHS, prompts=64), tmp_path)
     prompts = json.loads((tmp_path / "prompts.json").read_text(encoding="utf-8"))
-    assert len({len(ids) for ids in prompts}) > 10 and max(map(len, prompts)) <= 64
+    assert len({len(ids) for ids in prompts}) > 10 and max(map(len, prompts)) <= 96
+
+
+@torch.no_grad()
+def test_the_policy_ends_as_it_should_and_never_draws_padding(tmp_path: Path) -> None:
+    """A chance of 1 in 32 to end, in the mean, where the longest completion has 96 tokens.
+
+    Broken once: shifts not divided by the hidden state they are multiplied with.
+    """
+    for problem, least, most in ((LENGTHS, 0.025, 0.038), (REWARD, 0.001, 0.02)):
+        create(replace(problem, prompts=64), tmp_path)
+        policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+        ids = torch.randint(2, problem.vocab_size, (16, 8))
+        chances = policy(input_ids=ids).logits.softmax(-1).mean((0, 1))
+        assert least < chances[1] < most and chances[0] < 1e-6
 
 
 def test_a_worker_takes_an_update_when_told_to(tmp_path: Path) -> None:
@@ -55,6 +69,7 @@ def test_a_worker_takes_an_update_when_told_to(tmp_path: Path) -> None:
     for update in workers["ours"].updates:
         phases = ("generation", "scoring", "rollout_forward", "forward", "backward")
         taken = [update[f"{phase}_seconds"] for phase in phases]
+        assert 8 * (4 + 1) <= update["tokens"] <= 8 * (4 + 4)
         assert all(seconds > 0 for seconds in taken) and sum(taken) < update["seconds"]
         assert 0 <= update["score"] <= 1 and update["peak_mb"] > 100
 
