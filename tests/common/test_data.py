@@ -453,9 +453,9 @@ def test_real_files(name, format, rows, tmp_path):
         assert 0 < report.truncated <= 20
 
 
-def test_faulty_rows_are_skipped_and_named(load, capsys):
+def test_faulty_rows_are_skipped_and_named(load, tmp_path, capsys):
     """Two of four rows are wrong: skipped and named, also from the cache; with room for one
-    refused. Broken by leaving `skip` out of the cache's key: the second load then let both pass.
+    refused. Broken by leaving `skip` out of the cache's key: the last two loads then let both pass.
     Broken by counting one more, and by a first row that is wrong as the end."""
     good = [{"prompt": "Hi", "completion": "Ho"}, {"prompt": "So", "completion": "No"}]
     rows = [{"prompt": "Hi"}, good[0], '{"prompt": ', good[1]]
@@ -464,10 +464,15 @@ def test_faulty_rows_are_skipped_and_named(load, capsys):
     named = capsys.readouterr().err
     assert 'row 1: "completion" is missing' in named and "row 3: not JSON (" in named
     assert "rows.jsonl: 2 faulty rows skipped" in named
+
+    def again(skip):
+        options = {"format": "messages", "cache_dir": str(tmp_path / "cache")}
+        return load_rows(str(tmp_path / "rows.jsonl"), skip=skip, **options)
+
     _NAMED.clear()  # as in another process
-    assert load(rows, skip=2).to_list() == expected
+    assert again(skip=2).to_list() == expected
     assert "row 3: not JSON (" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"row 3: not JSON .*more than skip_faulty_rows \(1\)"):
-        load(rows, skip=1)
+        again(skip=1)
     with pytest.raises(UserError, match=r'row 1: "completion" is missing'):
-        load(rows)
+        again(skip=0)
