@@ -102,7 +102,7 @@ def train(
             )
             line = {"step": step, **values, "rate": rate, "tokens": tokens, **figures}
             if main:
-                metrics.write(line | {"seconds": round(seconds, 2)})
+                metrics.write(line | {"seconds": round(seconds, 4)})
             accelerator.log(line | speed, step=step)
         if step % config.save_steps == 0 and step < config.max_steps:
             save_checkpoint(accelerator, config, step, time.perf_counter() - clock)
@@ -202,7 +202,8 @@ def token_loss(
     model: Any, inputs: Tensor, targets: Tensor, position_ids: Tensor | None = None
 ) -> Tensor:
     """Mean cross-entropy over targets that are not -100, in nats: ()."""
-    logits = model(input_ids=inputs, position_ids=position_ids, use_cache=False).logits
+    packed = {} if position_ids is None else {"position_ids": position_ids}
+    logits = model(input_ids=inputs, use_cache=False, **packed).logits
     return torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100
     )

@@ -9,7 +9,6 @@ own rankings (`prompt`, `chosen`, `rejected`) are taken as they are. `report.md`
 be trusted, and `go` in the summary whether PPO should follow it (`reward.verdict`).
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,8 @@ from common.stage import (
     train_or_resume,
 )
 from common.tokenizer import load_tokenizer
-from reward.collect import EVALUATED_ON, RankingConfig, collect
+from reward.collect import EVALUATED_ON, collect
+from reward.config import RewardModelConfig
 from reward.figures import (
     accuracy_figures,
     calibration_error,
@@ -55,26 +55,6 @@ from reward.report import draw_reliability, write_report
 from reward.verdict import reasons_against
 
 LEARNED = ["prompt", "chosen", "rejected"]
-
-
-@dataclass
-class RewardModelConfig(RankingConfig):
-    """How the model learns from the rankings."""
-
-    pairs_together: bool = field(
-        default=False,
-        metadata={
-            "help": "a batch element is a prompt with all its pairs, each answer read once; "
-            "per_device_train_batch_size counts prompts then"
-        },
-    )
-    answer_logprobs: bool = field(
-        default=False,
-        metadata={"help": "score also by how likely the model finds the answer itself"},
-    )
-    margins: bool = field(
-        default=False, metadata={"help": "ask for score differences of at least the `margin` given"}
-    )
 
 
 def main() -> None:

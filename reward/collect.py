@@ -11,7 +11,6 @@ itself what is missing.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import RewardConfig
 
-import common.gpt  # noqa: F401 - so that Auto classes load our GPT
+import common.reward_gpt  # noqa: F401 - so that Auto classes load our GPT, also as labeller
 from common.artifacts import StageOutput, hash_model, require_parent, write_text
 from common.batches import Chat
 from common.config import config_values, parse_config, run
@@ -31,16 +30,24 @@ from common.data import dataset_fingerprint
 from common.errors import UserError
 from common.generation import generate_answers
 from common.scoring import score_chats
-from common.stage import TRAINER_DEFAULTS, LabelledDataConfig, open_task
+from common.stage import TRAINER_DEFAULTS, open_task
 from common.tasks import Task, load_task
 from common.tokenizer import load_tokenizer
+from reward.config import BY_DATA, RankingConfig, RewardModelConfig
 
-BY_DATA = "data"
 EVALUATED_ON = "dev"  # while training
 SHARD = 256  # prompts whose answers are kept together
 # What decides the rankings; `evaluate_on` does not, each split has a file of its own.
 IDENTITY = (
-    *("data", "columns", "plays", "realm_seed", "validation_fraction", "skip_faulty_rows"),
+    *(
+        "data",
+        "columns",
+        "plays",
+        "realm_seed",
+        "realm_people",
+        "validation_fraction",
+        "skip_faulty_rows",
+    ),
     *("policy", "prompts", "eval_prompts", "samples_per_prompt", "max_new_tokens", "labeller"),
     "noise",
 )
@@ -48,50 +55,9 @@ IDENTITY = (
 Prompts = list[str] | list[Chat]
 
 
-@dataclass
-class RankingConfig(LabelledDataConfig):
-    """How rankings are collected."""
-
-    policy: str = field(
-        default="", metadata={"help": "the model whose answers are ranked; default: the parent"}
-    )
-    prompts: int = field(default=1500, metadata={"help": "questions to rank answers to"})
-    eval_prompts: int = field(default=300, metadata={"help": "questions never trained on"})
-    samples_per_prompt: int = field(default=4, metadata={"help": "answers drawn from the policy"})
-    labeller: str = field(
-        default=BY_DATA,
-        metadata={
-            "help": "who ranks: data (Arden's judge, who errs; a play's own replies; the rankings "
-            "that the data is), a reward model's directory, or a file of rankings"
-        },
-    )
-    noise: float = field(default=0.1, metadata={"help": "how often Arden's labeller errs"})
-    rankings: str = field(
-        default="", metadata={"help": "where they lie; default: rankings in the output_dir"}
-    )
-
-    def __post_init__(self) -> None:
-        """The policy is the parent unless said otherwise; the labeller must be there."""
-        self.policy = self.policy or self.model_name_or_path
-        if self.labeller != BY_DATA and not Path(self.labeller).exists():
-            raise UserError(
-                f"labeller ({self.labeller}) must be {BY_DATA}, or the path of a reward model or "
-                "of a file of rankings: there is none"
-            )
-
-    @property
-    def labeller_is_model(self) -> bool:
-        """Whether another reward model ranks."""
-        return (Path(self.labeller) / "config.json").exists()
-
-    def folder(self, output_dir: str | None) -> Path:
-        """Where the rankings of a stage lie."""
-        return Path(self.rankings) if self.rankings else Path(str(output_dir)) / "rankings"
-
-
 def main() -> None:
     """Collect the rankings that the reward stage of the same configuration takes."""
-    config, args = parse_config(RankingConfig, RewardConfig, defaults=TRAINER_DEFAULTS)
+    config, args = parse_config(RewardModelConfig, RewardConfig, defaults=TRAINER_DEFAULTS)
     folder = config.folder(args.output_dir)
     collect(config, args, open_task(config), folder)
     for path in sorted(folder.glob("*.jsonl")):

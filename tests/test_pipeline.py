@@ -125,15 +125,14 @@ def test_lineage(folder: Path) -> None:
 
 
 def test_models_load_without_the_project(folder: Path, tmp_path: Path) -> None:
+    """All but Arden's reward model, which refuses (tests/common/test_reward_gpt.py)."""
     code = (
-        "import sys; from transformers import AutoModelForCausalLM as C, AutoTokenizer as T,"
-        "AutoModelForSequenceClassification as S; f = sys.argv[1]\n"
+        "import sys; from transformers import AutoModelForCausalLM as C, AutoTokenizer as T\n"
+        "f = sys.argv[1]\n"
         "for s in ('pretrain', 'sft', 'rlhf'):\n"
         "    m, info = C.from_pretrained(f'{f}/{s}', output_loading_info=True)\n"
         "    assert not info['missing_keys'] and not info['unexpected_keys'], info\n"
         "    assert type(m).__module__.startswith('transformers.models.qwen3')\n"
-        "m, info = S.from_pretrained(f'{f}/reward', output_loading_info=True)\n"
-        "assert not info['missing_keys'] and not info['unexpected_keys'], info\n"
         "t = T.from_pretrained(f'{f}/rlhf')\n"
         "assert t.decode(t('Räksmörgås 🙂').input_ids) == 'Räksmörgås 🙂'\n"
     )
@@ -152,7 +151,7 @@ def test_fine_tuning_learns_the_form(folder: Path) -> None:
 @pytest.mark.parametrize(("stage", "tolerance"), [("sft", 2e-4), ("reward", 2e-4)])
 def test_two_processes_give_what_one_gives(folder: Path, stage: str, tolerance: float) -> None:
     """The same batches, split: equal weights to rounding (Adam lifts it for tiny gradients)."""
-    size = {"sft": 16, "reward": 32}[stage]
+    size = {"sft": 16, "reward": 8}[stage]  # of rows; of 24 prompts, so that no step is partial
     # in float32 wherever it runs: bfloat16's rounding is of the tolerance's size
     extra = {"max_steps": 4, "learning_rate": 1e-4, "warmup_steps": 0, "bf16": "false"}
     run_stage(stage, folder, name=f"{stage}_one", per_device_train_batch_size=size, **extra)

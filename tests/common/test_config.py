@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.stage import TRAINER_DEFAULTS
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.lesson import LessonConfig
-from reward.__main__ import RankingConfig
+from reward.config import RewardModelConfig
 from rlhf.__main__ import AlignConfig
 from rlhf.config import PPOConfig
 from sft.__main__ import FineTuneConfig
@@ -22,7 +22,7 @@ STAGES = {
     "small": (ModelConfig, PretrainConfig),
     "lesson": (ModelConfig, PretrainConfig, LessonConfig),
     "sft": (FineTuneConfig, SFTConfig),
-    "reward": (RankingConfig, RewardConfig),
+    "reward": (RewardModelConfig, RewardConfig),
     "rlhf": (AlignConfig, PPOConfig),
 }
 FILES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "accelerate")

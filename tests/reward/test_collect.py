@@ -15,7 +15,8 @@ from common.scoring import score_chats
 from common.tasks import load_task
 from common.tokenizer import load_tokenizer
 from reward import collect as module
-from reward.collect import RankingConfig, collect, keep_shards, rank_by_model
+from reward.collect import collect, keep_shards, rank_by_model
+from reward.config import RankingConfig
 from tests.toy import save_toy
 
 CPU = torch.device("cpu")
