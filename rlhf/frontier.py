@@ -6,8 +6,8 @@
 Each run is stage 4 by its ordinary command, into `<output_dir>/<method>_<beta>_<seed>/`; best of n
 needs no training. Finished runs are kept, so that the same command goes on where it was killed and
 another with more methods, coefficients or seeds adds to them; a run that is to be made anew must be
-deleted first. All finished ones go into `frontier.json` (a row a run), `frontier.md` (a table of
-means over seeds) and `frontier.svg`.
+deleted first. All finished ones go into `<output_dir>.json` (a row a run), `.md` (a table of
+means over seeds) and `.svg`.
 
 Where the score goes on rising with KL and gold falls, the reward model is over-optimised
 (arXiv 2210.10760).
@@ -128,10 +128,10 @@ def main() -> None:
             stop.set()  # interrupted, too: what has begun ends, no other run begins
     rows = collect(folder)
     table = write_table(rows)
-    write_json(folder / "frontier.json", rows)
-    write_text(folder / "frontier.md", table)
-    write_text(folder / "frontier.svg", plot_frontier(rows))
-    print(f"\n{table}\n{folder}/frontier.json, frontier.md, frontier.svg")
+    write_json(folder.with_name(f"{folder.name}.json"), rows)
+    write_text(folder.with_name(f"{folder.name}.md"), table)
+    write_text(folder.with_name(f"{folder.name}.svg"), plot_frontier(rows))
+    print(f"\n{table}\n{folder}.json, .md and .svg")
 
 
 def plan_runs(config: FrontierConfig) -> dict[str, list[str]]:

@@ -46,7 +46,7 @@ def test_a_tiny_frontier(
     monkeypatch.setattr(sys, "argv", [*run, "--methods", "grpo"])
     frontier.main()
     assert "1 runs, 0 of them finished" in capsys.readouterr().out
-    (only,) = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    (only,) = json.loads((tmp_path / "out.json").read_text())
     summary = json.loads((tmp_path / "out" / "grpo_0.1_3" / "summary.json").read_text())
     assert (only["method"], only["kl_coefficient"], only["seed"]) == ("grpo", 0.1, 3)
     assert only["kl"] == summary["kl"] and only["score"] == summary["score_after"]
@@ -64,7 +64,7 @@ def test_a_tiny_frontier(
     monkeypatch.setattr(sys, "argv", [*run, "--methods", "grpo", "best_of_n"])
     frontier.main()
     assert [command[2] for command in began] == ["rlhf.best_of_n"]
-    rows = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    rows = json.loads((tmp_path / "out.json").read_text())
     assert [(r["method"], r["n"]) for r in rows] == [
         ("best_of_n", 1),
         ("best_of_n", 2),
