@@ -149,7 +149,9 @@ def _read_csv(path: Path) -> NumberedRows:
 
 def _read_parquet(path: Path) -> NumberedRows:
     with pyarrow.parquet.ParquetFile(path) as file:
-        rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
+        # Group by group: one iterator over the file holds on to all that it has read.
+        groups = (file.iter_batches(1000, row_groups=[i]) for i in range(file.num_row_groups))
+        rows = (row for group in groups for batch in group for row in batch.to_pylist())
         yield from enumerate(rows, start=1)
 
 

@@ -26,7 +26,7 @@ from common.errors import UserError
 from common.text_stream import TextBatch
 from common.token_file import Encoded, TokenFile, TokenWriter, encode_parts
 
-SHARD_TOKENS = 1 << 26  # 134 MB of 2 bytes a token: some ten seconds to some minutes of work
+SHARD_TOKENS = 1 << 24  # 34 MB at 2 bytes a token; what a kill can cost, half a minute of a core
 AHEAD = 2  # batches that wait for the tokenizer
 SPLITS = ("train", "validation")
 

@@ -200,10 +200,7 @@ def run_stage(stage: str, folder: Path, *, processes: int = 1, **more: Any) -> s
 
 
 def test_four_stages_at_toy_size(tmp_path: Path) -> None:
-    """By the profile's own configuration, sizes and data aside; pretraining on two processes.
-
-    Seen to fail with prompts kept that leave no room for an answer.
-    """
+    """By the profile's own configuration, sizes and data aside; pretraining on two processes."""
     printed = run_stage("pretrain", tmp_path, processes=2)
     assert "train: " in printed and "validation: " in printed
     figures = json.loads((tmp_path / "pretrain" / "summary.json").read_text())
