@@ -10,6 +10,11 @@ from common.batches import BATCH, Chat, by_length, pad, render
 MOST_ROWS = 4 * BATCH  # sampled at a time: their keys and values are kept
 
 
+def as_chat(question: str | Chat) -> Chat:
+    """A conversation that ends in a question: a user's words, or all that was said so far."""
+    return [{"role": "user", "content": question}] if isinstance(question, str) else question
+
+
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
@@ -29,8 +34,7 @@ def generate_answers(
 
     The generator's state is as before afterwards.
     """
-    chats = [[{"role": "user", "content": q}] if isinstance(q, str) else q for q in questions]
-    rows = render(tokenizer, chats, ask=True)
+    rows = render(tokenizer, [as_chat(question) for question in questions], ask=True)
     answers: list[list[str]] = [[] for _ in questions]
     sampler: Any = model  # `generate` comes with a mixin that PreTrainedModel's type leaves out
     was_training = model.training
@@ -65,11 +69,7 @@ def draw_chats(
 ) -> list[Chat]:
     """Each prompt with one answer, drawn at temperature 1."""
     drawn = generate_answers(
-        model,
-        tokenizer,
-        [prompt[-1]["content"] for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        temperature=1.0,
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=1.0
     )
     return [
         [*prompt, {"role": "assistant", "content": several[0]}]

@@ -71,7 +71,6 @@ def main() -> None:
         args.max_completion_length,
     )
     prompts = task.prompt_rows(config.evaluate_on, config.eval_prompts)["prompt"]
-    questions = [prompt[-1]["content"] for prompt in prompts]
     rows = []
     for n in sorted(best_of.n):
 
@@ -80,7 +79,7 @@ def main() -> None:
 
         measured = task.measure(answer, config.evaluate_on, best_of.questions)
         figures = {SHORT_NAMES.get(name, name): value for name, value in measured.items()}
-        chosen = chooser.best(questions, n)
+        chosen = chooser.best(prompts, n)
         figures["score"] = statistics.fmean(score for _, score in chosen)
         if isinstance(task, ArdenTask):
             texts = [[{"role": "assistant", "content": text}] for text, _ in chosen]

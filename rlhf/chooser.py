@@ -1,8 +1,10 @@
 """Draws answers from a model and lets a reward choose among them."""
 
+import json
 from typing import Any
 
-from common.generation import generate_answers
+from common.batches import Chat
+from common.generation import as_chat, generate_answers
 
 
 class Chooser:
@@ -13,32 +15,37 @@ class Chooser:
         self.draws, self.max_new_tokens = draws, max_new_tokens
         self.drawn: dict[str, tuple[list[str], list[float]]] = {}
 
-    def best(self, questions: list[str], n: int) -> list[tuple[str, float]]:
-        """For each question the best of n answers, and its score."""
-        new = [q for q in dict.fromkeys(questions) if q not in self.drawn]
+    def best(self, questions: list[str] | list[Chat], n: int) -> list[tuple[str, float]]:
+        """For each question, or conversation that ends in one, the best of n answers, its score."""
+        asked = {json.dumps(as_chat(question)): as_chat(question) for question in questions}
+        new = {key: chat for key, chat in asked.items() if key not in self.drawn}
         if new:
             self._draw(new)
         chosen = []
         for question in questions:
-            answers, scores = self.drawn[question]
+            answers, scores = self.all_of(question)
             place = max(range(n), key=lambda i: scores[i])
             chosen.append((answers[place], scores[place]))
         return chosen
 
-    def _draw(self, questions: list[str]) -> None:
+    def all_of(self, question: str | Chat) -> tuple[list[str], list[float]]:
+        """Every answer that was drawn to a question, and their scores."""
+        return self.drawn[json.dumps(as_chat(question))]
+
+    def _draw(self, asked: dict[str, Chat]) -> None:
         several = generate_answers(
             self.model,
             self.tokenizer,
-            questions,
+            list(asked.values()),
             max_new_tokens=self.max_new_tokens,
             temperature=1.0,
             samples=self.draws,
         )
         chats = [
-            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            for question, answers in zip(questions, several, strict=True)
+            [*chat, {"role": "assistant", "content": answer}]
+            for chat, answers in zip(asked.values(), several, strict=True)
             for answer in answers
         ]
         scores = self.score(chats)
-        for i, (question, answers) in enumerate(zip(questions, several, strict=True)):
-            self.drawn[question] = answers, scores[i * self.draws : (i + 1) * self.draws]
+        for i, (key, answers) in enumerate(zip(asked, several, strict=True)):
+            self.drawn[key] = answers, scores[i * self.draws : (i + 1) * self.draws]

@@ -43,7 +43,7 @@ def measure_best_of(
     rows = align_prompts(stage, tokenizer, config, config.evaluate_on, config.eval_prompts)
     prompts = rows["prompt"]
     chooser = Chooser(model, tokenizer, score, n, config.max_new_tokens)
-    best = chooser.best([prompt[-1]["content"] for prompt in prompts], n)
+    best = chooser.best(prompts, n)
     figures = {f"score_best_of_{n}": statistics.fmean(value for _, value in best)}
     if isinstance(stage.task, ArdenTask):
         chats = [

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.data_utils import is_conversational
 
+from common.batches import Chat
 from common.errors import UserError
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
@@ -100,21 +101,21 @@ def build_dpo(
         GENERATIONS if args.num_generations == 1 else args.num_generations,
         int(args.max_completion_length or 0),
     )
-    rows = preferences(chooser, [prompt[-1]["content"] for prompt in train_dataset["prompt"]])
+    rows = preferences(chooser, list(train_dataset["prompt"]))
     return DPOTrainer(args=trl_config(args, DPOConfig), train_dataset=rows, **rest)
 
 
-def preferences(chooser: Chooser, questions: list[str]) -> Dataset:
-    """`prompt`, `chosen`, `rejected` rows: a question's best and worst draw, unless they tie."""
+def preferences(chooser: Chooser, prompts: list[Chat]) -> Dataset:
+    """`prompt`, `chosen`, `rejected` rows: a prompt's best and worst draw, unless they tie."""
     rows = []
-    chooser.best(questions, 1)
-    for question in questions:
-        answers, scores = chooser.drawn[question]
+    chooser.best(prompts, 1)
+    for prompt in prompts:
+        answers, scores = chooser.all_of(prompt)
         best, worst = scores.index(max(scores)), scores.index(min(scores))
         if scores[best] > scores[worst]:
             rows.append(
                 {
-                    "prompt": [{"role": "user", "content": question}],
+                    "prompt": prompt,
                     "chosen": [{"role": "assistant", "content": answers[best]}],
                     "rejected": [{"role": "assistant", "content": answers[worst]}],
                 }

@@ -8,6 +8,8 @@ from conftest import build_tokenizer
 from transformers import AutoModelForCausalLM
 
 from common import generation
+from common.batches import render
+from common.generation import draw_chats
 from rlhf.best_of_n import best_of_n_kl
 from rlhf.chooser import Chooser
 
@@ -51,11 +53,38 @@ def test_the_best_of_the_first_n_is_chosen(policy_path: str) -> None:
     fewer = chooser.best(questions, 3)
     assert asked == [24]
     for question, (text, score), (_, score_of_fewer) in zip(questions, best, fewer, strict=True):
-        answers, scores = chooser.drawn[question]
+        answers, scores = chooser.all_of(question)
         assert len(answers) == 12
         assert score == max(scores) == text.count("w5")
         assert score_of_fewer == max(scores[:3])
     assert sum(score for _, score in best) > sum(score for _, score in fewer)
+
+
+def test_all_that_was_said_before_is_read(
+    policy_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the policy, and by whoever scores. Broken once: the last question alone."""
+    policy: Any = AutoModelForCausalLM.from_pretrained(policy_path)
+    tokenizer = build_tokenizer(16)
+    chat = [
+        {"role": "user", "content": "w4"},
+        {"role": "assistant", "content": "w5"},
+        {"role": "user", "content": "w6"},
+    ]
+    seen: list[int] = []
+    generate = policy.generate
+
+    def watch(ids: Any, **options: Any) -> Any:
+        seen.append(ids.shape[1])
+        return generate(ids, **options)
+
+    monkeypatch.setattr(policy, "generate", watch)
+    (drawn,) = draw_chats(policy, tokenizer, [chat], 4)
+    turns: list[int] = []
+    chooser = Chooser(policy, tokenizer, lambda c: turns.extend(map(len, c)) or [0.0], 1, 4)
+    chooser.best([chat], 1)
+    assert drawn[:-1] == chat and turns == [4]
+    assert seen == [len(render(tokenizer, [chat], ask=True)[0])] * 2
 
 
 def test_few_rows_are_sampled_at_a_time(policy_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
