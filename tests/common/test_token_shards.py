@@ -96,7 +96,9 @@ def killed_at(folder: Path, renaming: int) -> None:
 
 def test_killed_anywhere_and_gone_on_with_is_the_same(whole: Path, tmp_path: Path) -> None:
     """Seen to fail with the index written before the shard's files."""
-    context = multiprocessing.get_context("fork")
+    # not a fork of this process, whose tokenizer may have threads that a fork would wait for
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["common.token_shards", "common.tokenizer", "pytest"])
     for renaming in range(1, 14):  # three shards: files, infos and index
         folder = tmp_path / str(renaming)
         child = context.Process(target=killed_at, args=(folder, renaming))
