@@ -68,13 +68,14 @@ class LogprobHead:
         place = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (place * is_real).argmax(1)  # (B,)
         read = self.score(states[torch.arange(len(last), device=last.device), last])  # (B, 1)
-        logits = self.lm_head(states[:, :-1]).float()  # (B, T - 1, V)
-        logprobs = -F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
-        weights = self.logprob_weight(states[:, 1:]).squeeze(-1)  # (B, T - 1)
         starts = answer_starts(input_ids, self.config.answer_opening)
-        counts = is_real[:, 1:] & (place[1:] >= starts[:, None])
+        counts = is_real[:, 1:] & (place[1:] >= starts[:, None])  # (B, T - 1), N of them true
+        logits = self.lm_head(states[:, :-1][counts]).float()  # (N, V)
+        logprobs = -F.cross_entropy(logits, input_ids[:, 1:][counts], reduction="none")
+        weighed = self.logprob_weight(states[:, 1:][counts])[:, 0] * logprobs
+        answers = counts.nonzero()[:, 0]  # the row of each
         return SequenceClassifierOutputWithPast(
-            logits=read + (weights * logprobs * counts).sum(1, keepdim=True)
+            logits=read.index_add(0, answers, weighed[:, None].to(read.dtype))
         )
 
     def plain(self) -> PreTrainedModel:
