@@ -10,8 +10,6 @@ to go, so that the table compares reward models, and what an earlier one was foo
 (Rounds: Bai et al. 2022, arXiv:2204.05862, section 4.5.) A killed run goes on where it was.
 """
 
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +18,7 @@ from common.artifacts import read_json, require_parent
 from common.config import parse_config, run
 from common.errors import UserError
 from common.report import show_columns
+from common.stage import run_stage
 
 
 @dataclass
@@ -66,11 +65,8 @@ def train(config: RoundsConfig, stage: str, folder: Path, **parents: Path) -> No
     """Run a stage into a round's folder, as its profile configures it."""
     print(f"rounds: {folder / stage}", flush=True)
     fields = {"output_dir": folder / stage, "evaluate_on": config.evaluate_on} | parents
-    command = [sys.executable, "-m", stage, "--config", f"configs/{config.profile}/{stage}.yaml"]
-    command += [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
-    done = subprocess.run(command)
-    if done.returncode:
-        sys.exit(done.returncode)
+    flags = [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
+    run_stage(config.profile, stage, flags)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What the three stages on TRL's trainers share: their data fields, their start, their resuming."""
 
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +133,14 @@ def open_stage(
     args.distributed_state.wait_for_everyone()  # all have looked before one starts to change it
     args.output_dir = str(output.checkpoints)
     return Stage(output, task, parent)
+
+
+def run_stage(profile: str, stage: str, flags: list[str]) -> None:
+    """Run a stage as its profile configures it, in its own process; end with it if it fails."""
+    config = f"configs/{profile}/{stage}.yaml"
+    done = subprocess.run([sys.executable, "-m", stage, "--config", config, *flags])
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
 def early_stopping(patience: int, args: TrainingArguments) -> list[TrainerCallback]:

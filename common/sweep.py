@@ -8,7 +8,6 @@ and one with further values trains these alone.
 """
 
 import dataclasses
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from common.artifacts import read_json
 from common.config import parse_config, run
 from common.errors import UserError
 from common.report import show_columns
+from common.stage import run_stage
 
 STAGES = ("sft", "reward", "rlhf")
 
@@ -44,13 +44,9 @@ def main() -> None:
     summaries = {}
     for value in config.values:
         output = folder / f"{config.field}_{value.replace('/', '_')}"
-        command = [sys.executable, "-m", config.stage]
-        command += ["--config", f"configs/{config.profile}/{config.stage}.yaml"]
-        command += ["--evaluate_on", "dev", *others, f"--{config.field}", value]
+        flags = ["--evaluate_on", "dev", *others, f"--{config.field}", value]
         print(f"sweep: {config.field} {value}", flush=True)
-        done = subprocess.run([*command, "--output_dir", str(output)])
-        if done.returncode:
-            sys.exit(done.returncode)
+        run_stage(config.profile, config.stage, [*flags, "--output_dir", str(output)])
         summaries[value] = read_json(output / "summary.json")
     print("\n" + show_columns(config.field, summaries))
 
