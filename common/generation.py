@@ -15,6 +15,11 @@ def as_chat(question: str | Chat) -> Chat:
     return [{"role": "user", "content": question}] if isinstance(question, str) else question
 
 
+def answered(question: str | Chat, text: str) -> Chat:
+    """The conversation with the assistant's answer behind it."""
+    return [*as_chat(question), {"role": "assistant", "content": text}]
+
+
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
@@ -71,7 +76,4 @@ def draw_chats(
     drawn = generate_answers(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=1.0
     )
-    return [
-        [*prompt, {"role": "assistant", "content": several[0]}]
-        for prompt, several in zip(prompts, drawn, strict=True)
-    ]
+    return [answered(prompt, text) for prompt, (text,) in zip(prompts, drawn, strict=True)]

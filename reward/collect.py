@@ -28,7 +28,7 @@ from common.batches import Chat
 from common.config import config_values, parse_config, run
 from common.data import dataset_fingerprint
 from common.errors import UserError
-from common.generation import generate_answers
+from common.generation import answered, generate_answers
 from common.scoring import score_chats
 from common.stage import TRAINER_DEFAULTS, open_task
 from common.tasks import Task, load_task
@@ -164,7 +164,7 @@ def rank_by_model(
     model: Any = AutoModelForSequenceClassification.from_pretrained(labeller, dtype=torch.float32)
     different = [list(dict.fromkeys(several)) for several in answers]
     chats = [
-        [*prompt, _assistant(answer)]
+        answered(prompt, answer)
         for prompt, several in zip(prompts, different, strict=True)
         for answer in several
     ]

@@ -18,12 +18,13 @@ from common.arden.task import ArdenTask
 from common.artifacts import require_parent, write_json
 from common.config import parse_config, run
 from common.errors import UserError
+from common.generation import answered
 from common.stage import TRAINER_DEFAULTS, open_task, print_figures
 from common.tokenizer import load_tokenizer
 from rlhf.align import AlignConfig, load_rewards
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
-from rlhf.measure import SHORT_NAMES
+from rlhf.measure import SHORT_NAMES, gold
 from rlhf.rewards import score_answers, weigh
 
 
@@ -82,8 +83,8 @@ def main() -> None:
         chosen = chooser.best(prompts, n)
         figures["score"] = statistics.fmean(score for _, score in chosen)
         if isinstance(task, ArdenTask):
-            texts = [[{"role": "assistant", "content": text}] for text, _ in chosen]
-            figures["gold_drawn"] = statistics.fmean(task.gold_reward(prompts, texts))
+            chats = [answered(p, text) for p, (text, _) in zip(prompts, chosen, strict=True)]
+            figures["gold_drawn"] = gold(task, chats)
         rows.append({"n": n, "kl": best_of_n_kl(n), **figures})
         print_figures(f"best of {n}", rows[-1])
     write_json(Path(args.output_dir) / "best_of_n.json", rows)

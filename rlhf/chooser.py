@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from common.batches import Chat
-from common.generation import as_chat, generate_answers
+from common.generation import answered, as_chat, generate_answers
 
 
 class Chooser:
@@ -42,7 +42,7 @@ class Chooser:
             samples=self.draws,
         )
         chats = [
-            [*chat, {"role": "assistant", "content": answer}]
+            answered(chat, answer)
             for chat, answers in zip(asked.values(), several, strict=True)
             for answer in answers
         ]

@@ -88,10 +88,11 @@ def build_critic(
     With the reward model's head too, its values start as normalised scores of the unfinished text.
     """
     copied = reward_model is not None and head == "copy"
+    model: Any
     if isinstance(reward_model, LogprobHead):
-        reward_model = reward_model.plain()
-    if reward_model is not None:
-        model: Any = type(reward_model)(reward_model.config)
+        model = reward_model.plain()
+    elif reward_model is not None:
+        model = type(reward_model)(reward_model.config)
         model.load_state_dict(reward_model.state_dict())
     else:
         config = copy.deepcopy(policy.config)

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from common.arden.task import ArdenTask
 from common.batches import Chat
-from common.generation import draw_chats, generate_answers
+from common.generation import answered, draw_chats, generate_answers
 from common.scoring import answer_logprobs
 from common.stage import Stage
 from rlhf.align import AlignConfig, align_prompts
@@ -46,10 +46,7 @@ def measure_best_of(
     best = chooser.best(prompts, n)
     figures = {f"score_best_of_{n}": statistics.fmean(value for _, value in best)}
     if isinstance(stage.task, ArdenTask):
-        chats = [
-            [*prompt, {"role": "assistant", "content": text}]
-            for prompt, (text, _) in zip(prompts, best, strict=True)
-        ]
+        chats = [answered(prompt, text) for prompt, (text, _) in zip(prompts, best, strict=True)]
         figures[f"gold_best_of_{n}"] = gold(stage.task, chats)
     return figures
 
