@@ -6,11 +6,11 @@ from common.gpt import build_config, build_gpt
 from common.tokenizer import model_vocab_size, train_bpe
 
 
-def save_toy(path: Path) -> Path:
-    """Byte-level tokens, nearly one a character; room for 2,048 of them."""
+def save_toy(path: Path, shape: str = "modern", weights: float = 0.02) -> Path:
+    """Byte-level tokens, nearly one a character; room for 2,048; `weights` is their deviation."""
     tokenizer = train_bpe(["How many are there? There are many. " * 9], 320)
     config = build_config(
-        "modern",
+        shape,  # type: ignore[arg-type]
         vocab_size=model_vocab_size(tokenizer),
         block_size=2048,
         num_hidden_layers=1,
@@ -20,6 +20,7 @@ def save_toy(path: Path) -> Path:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    config.initializer_range = weights
     build_gpt(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from common.batches import Chat, pad, render
-from common.gpt import build_config, build_gpt
 from common.reward_gpt import answer_starts, logprob_scorer
 from common.scoring import answer_logprobs, score_chats
-from common.tokenizer import load_tokenizer, model_vocab_size, train_bpe
+from common.tokenizer import load_tokenizer
+from tests.toy import save_toy
 
 CHATS: list[Chat] = [
     [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Many."}],
@@ -29,23 +29,8 @@ CHATS: list[Chat] = [
 @pytest.fixture(params=["modern", "lesson"])
 def parent(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A GPT with weights large enough for a wrong position or mask to show, and its tokenizer."""
-    tokenizer = train_bpe(["How many are there? There are many. " * 9], 320)
-    config = build_config(
-        request.param,
-        vocab_size=model_vocab_size(tokenizer),
-        block_size=128,
-        num_hidden_layers=2,
-        hidden_size=16,
-        num_attention_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    config.initializer_range = 0.2
     torch.manual_seed(0)
-    build_gpt(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    return tmp_path
+    return save_toy(tmp_path, request.param, weights=0.2)
 
 
 def load(parent: Path, bias: float) -> tuple[Any, Any]:

@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from common.errors import UserError
-from common.gpt import build_config, build_gpt
 from common.token_file import TokenFile, write_token_file
 from common.tokenizer import train_characters
-from pretrain.config import PretrainConfig
+from pretrain.__main__ import make_model
+from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.train import describe_step, train
 
 
@@ -24,19 +24,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(
     write_token_file(["the cat sat"] * 60, tokenizer, tmp_path / "train.bin", documents=True)
     file = TokenFile(tmp_path / "train.bin")
     torch.manual_seed(0)
-    model = build_gpt(
-        build_config(
-            "modern",
-            vocab_size=len(tokenizer),
-            block_size=16,
-            num_hidden_layers=1,
-            hidden_size=16,
-            num_attention_heads=2,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    sizes = ModelConfig(block_size=16, num_hidden_layers=1, hidden_size=16, num_attention_heads=2)
+    model = make_model(sizes, tokenizer)
     config = PretrainConfig(
         output_dir=str(tmp_path),
         data="x",
