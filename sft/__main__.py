@@ -30,6 +30,7 @@ from common.stage import (
     train_or_resume,
 )
 from common.tokenizer import load_tokenizer
+from sft.role_tokens import start_role_tokens
 from sft.template import check_template
 
 
@@ -39,6 +40,13 @@ class FineTuneConfig(LabelledDataConfig):
 
     lora_r: int = field(default=0, metadata={"help": "rank of LoRA; 0 trains all weights"})
     lora_alpha: int = field(default=16, metadata={"help": "scale of LoRA, by its rank"})
+    role_tokens_like: str | None = field(
+        default=None,
+        metadata={
+            "help": "the token, e.g. ':', as which the chat's role tokens start, for a base that "
+            "has never read any (not for a model that has chatted); default: as they are"
+        },
+    )
 
     def lora(self) -> LoraConfig | None:
         """For the trainer; None trains all weights."""
@@ -64,6 +72,9 @@ def main() -> None:
         return
     tokenizer = load_tokenizer(stage.parent)
     check_template(tokenizer)
+    base = AutoModelForCausalLM.from_pretrained(stage.parent)
+    if config.role_tokens_like:
+        start_role_tokens(base, tokenizer, config.role_tokens_like)
     data, held_out = stage.task.conversations("train"), stage.task.conversations("validation")
     with args.main_process_first():
         if args.process_index == 0:
@@ -73,7 +84,7 @@ def main() -> None:
             lengths.require_context(stage.parent)
             stage.output.start()
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(stage.parent),
+        model=base,
         args=args,
         train_dataset=data.select_columns(["messages"]),
         eval_dataset=held_out.select_columns(["messages"]),
