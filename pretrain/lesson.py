@@ -33,12 +33,12 @@ from common.lesson_gpt import LessonBlock
 from common.tasks import load_task
 from common.token_file import TokenFile
 from common.tokenizer import load_tokenizer
+from common.windows import training_starts
 from pretrain.__main__ import count_parameters, make_model, prepare_text
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.lesson_plot import plot_ladder
 from pretrain.trackers import make_accelerator
 from pretrain.train import evaluate, token_loss, train
-from pretrain.windows import training_starts
 
 BLOCK_SIZE, BATCH_SIZE, WIDTH, HEADS = 8, 32, 32, 4  # of the small rungs, as in the lesson
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from common.gpt import build_config, build_gpt
 from common.token_file import TokenFile, write_token_file
 from common.tokenizer import train_characters
+from common.windows import document_positions
 from pretrain.config import PretrainConfig
 from pretrain.train import evaluate, micro_batches, token_loss
-from pretrain.windows import document_positions
 
 BOS = 1
 ROW = torch.tensor([[8, 9, 2, BOS, 9, 8, 8, 2, BOS, 9]])  # of three documents, the first cut

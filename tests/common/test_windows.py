@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pretrain.windows import evaluation_spans, source_rows, training_starts
+from common.windows import evaluation_spans, source_rows, training_starts
 
 
 def test_an_epoch_covers_every_window_once() -> None:
