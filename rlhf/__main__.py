@@ -31,6 +31,7 @@ from common.stage import (
     print_figures,
     train_or_resume,
 )
+from common.token_file import TokenFile
 from common.tokenizer import load_tokenizer
 from rlhf.align import AlignConfig, align_prompts, load_rewards, lora
 from rlhf.config import PPOConfig
@@ -48,6 +49,12 @@ def main() -> None:
     folders = [r for r in config.reward if r != "judge" and not is_function(r)]
     sources = {f"reward_{i}" if i else "reward": name for i, name in enumerate(folders)}
     hashes = {name: hash_function(name) for name in config.reward if is_function(name)}
+    if args.ptx_coef and config.method != "ppo":
+        if args.process_index == 0:
+            print(f"rlhf: the loss on pretraining text is PPO's, {config.method} goes without")
+        args.ptx_coef, args.ptx_data = 0.0, None
+    if args.ptx_coef:
+        hashes["ptx_data"] = TokenFile(args.ptx_data).info.sha256
     stage = open_stage(config, args, hashes, **sources)
     if stage.output.finished:
         print(f"{stage.output.path} is finished; --overwrite true to train it anew")

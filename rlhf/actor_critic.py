@@ -38,6 +38,7 @@ from rlhf.critic import (
     token_logprobs,
 )
 from rlhf.prompts import check_inputs
+from rlhf.ptx import PretrainingText
 from rlhf.score import RewardFunc, TokenScorer, as_function, turn_suffix
 
 VALUE_MODEL = "value_model"
@@ -89,6 +90,12 @@ class ActorCriticTrainer(RLOOTrainer):
         )
         if tokenizer.pad_token_id in self.eos_token_ids:
             raise UserError(f"pad token {tokenizer.pad_token!r} ends completions in {path}")
+        self.ptx: PretrainingText | None = None
+        if args.ptx_data and args.ptx_coef:
+            block_size = self.model.config.max_position_embeddings
+            self.ptx = PretrainingText(
+                args.ptx_data, args.ptx_windows, block_size, args.seed, tokenizer
+            )
         self._add_critic(next((f for f in scorers if isinstance(f, TokenScorer)), None))
 
     def _add_critic(self, scorer: TokenScorer | None) -> None:
@@ -108,6 +115,18 @@ class ActorCriticTrainer(RLOOTrainer):
             scale = mean, args.score_std
             critic = build_critic(self.model, reward_model, args.critic_head, *scale)
         attach_critic(self.model, critic.to(args.device), self.temperature)
+
+    def _ptx_loss(self, model: nn.Module) -> Tensor:
+        """This micro-batch's share of the loss on pretraining text; the mean of all is logged."""
+        assert self.ptx is not None
+        processes, parts = self.accelerator.num_processes, self.args.gradient_accumulation_steps
+        place = self._step % parts * processes + self.accelerator.process_index
+        policy = language_model(self.accelerator.unwrap_model(model))
+        with self.accelerator.autocast():
+            loss = self.ptx.loss(policy, self.state.global_step, place, processes * parts)
+        whole = self.accelerator.reduce(loss.detach(), "sum") * parts
+        self._metrics["train"]["ptx_loss"].append(whole.item())
+        return loss
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""

@@ -64,6 +64,16 @@ class PPOConfig(RLOOConfig):
         default=None,
         metadata={"help": "Nats a completion; beta is only the start, and moves to hold KL there."},
     )
+    ptx_coef: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the loss on pretraining text (PPO-ptx); 0: none."},
+    )
+    ptx_data: str | None = field(
+        default=None, metadata={"help": "Token file of that text: `data/train.bin` of pretraining."}
+    )
+    ptx_windows: int = field(
+        default=8, metadata={"help": "Windows of that text to an optimizer step, of all processes."}
+    )
     kl_horizon: int = field(
         default=10_000,
         metadata={"help": "Completions over which target_kl moves beta by a fifth at most."},
@@ -132,7 +142,7 @@ class PPOConfig(RLOOConfig):
     def _check(self) -> None:
         """Refuse what PPO cannot honour."""
         counts = "num_mini_batches", "num_ppo_epochs", "num_generations", "kl_horizon"
-        for name in (*counts, "score_std"):
+        for name in (*counts, "score_std", "ptx_windows"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} ({getattr(self, name)}) must be above 0")
         for name in ("gamma", "gae_lambda"):
@@ -146,6 +156,11 @@ class PPOConfig(RLOOConfig):
             raise UserError(
                 f"target_kl ({self.target_kl}) must be above 0, and beta ({self.beta}), where the "
                 "KL coefficient starts, too"
+            )
+        if self.ptx_coef < 0 or (self.ptx_coef and not self.ptx_data):
+            raise UserError(
+                f"ptx_coef ({self.ptx_coef:g}) needs ptx_data ({self.ptx_data}), the token file of "
+                "the pretraining text, and must not be below 0; 0 does without"
             )
         if not self.disable_dropout:
             raise UserError("disable_dropout (False): PPO compares log-probabilities, set it True")

@@ -43,7 +43,8 @@ FIGURES = (
     "exact_match_heldout_phrasing",
     "refusal_known",
 )
-# Of a run, start and both evaluations included: PPO's on two quiet cores, the others' on one
+# Of a run of 8 updates, start and both evaluations included: PPO's on two quiet cores, without the
+# loss on pretraining text; the others' on one
 SECONDS = {"ppo": 65, "rloo": 106, "grpo": 106, "dpo": 200, BEST_OF_N: 210}
 Row = dict[str, Any]
 
@@ -98,7 +99,7 @@ def main() -> None:
     minutes = sum(SECONDS[method_of(name)] for name in left) / 60
     print(
         f"frontier: {len(commands)} runs, {len(commands) - len(left)} of them finished; the others "
-        f"take about {minutes:.0f} min on two quiet cores (at 8 updates)",
+        f"take about {minutes:.0f} min on two quiet cores (at 8 updates; 16 take up to twice)",
         flush=True,
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -220,6 +220,8 @@ class PPOTrainer(ActorCriticTrainer):
         for name, grid in stats.items():
             self._sums[name] += (grid * mask).sum()
         loss = ((pg + args.vf_coef * vf) * mask).sum() / inputs.step_tokens
+        if self.ptx is not None:
+            loss = loss + args.ptx_coef * self._ptx_loss(model)
         return loss * self.accelerator.num_processes  # DDP takes the mean over processes
 
     def _check_same_policy(

@@ -1,0 +1,69 @@
+"""PPO-ptx: the language model's loss on the text of pretraining, beside PPO's own.
+
+What alignment is not asked about it forgets: rewarded for admitting ignorance, a policy comes to
+doubt what it knew (the alignment tax). InstructGPT mixes the gradient of pretraining into that of
+PPO against it (arXiv 2203.02155, section 3.5 and appendix C.4).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.errors import UserError
+from common.token_file import TokenFile
+from common.tokenizer import hash_tokenizer
+from common.windows import training_starts
+
+
+class PretrainingText:
+    """Windows of a token file, some of them to each optimizer step.
+
+    Args:
+        path: the `.bin` that pretraining wrote.
+        windows: of an optimizer step, over all processes and micro-batches.
+        block_size: tokens of a window.
+        seed: of their order, which depends on nothing else, so that a resumed run sees the same.
+        tokenizer: the policy's, a fast one.
+
+    Raises:
+        UserError: there is no such file, it is too short, or was made with another tokenizer.
+    """
+
+    def __init__(
+        self, path: str | Path, windows: int, block_size: int, seed: int, tokenizer: Any
+    ) -> None:
+        self.file = TokenFile(path)
+        self.windows, self.block_size = windows, block_size
+        self.seed = seed
+        if len(self.file) < 2 * block_size + 1:
+            raise UserError(
+                f"ptx_data: {path} has {len(self.file):,} tokens, at least {2 * block_size + 1:,} "
+                "for windows of the model's context"
+            )
+        if self.file.info.tokenizer != hash_tokenizer(tokenizer):
+            raise UserError(
+                f"ptx_data: {path} was written with another tokenizer than the policy's; give the "
+                "text that its base was pretrained on"
+            )
+
+    def loss(self, model: Any, step: int, part: int, parts: int) -> Tensor:
+        """This part's share of the step's mean cross-entropy, nats a token: the parts' sum is it.
+
+        Args:
+            model: the policy's causal model, token ids (B, T) -> logits (B, T, V).
+            step: optimizer step.
+            part: which of `parts`, from 0; the windows are dealt out one by one.
+            parts: processes times micro-batches.
+        """
+        size = self.block_size
+        starts = training_starts(len(self.file), size, step, self.windows, self.seed)
+        mine = starts[part::parts]
+        if not len(mine):
+            return torch.zeros((), device=model.device)
+        inputs, targets = (x.to(model.device) for x in self.file.batch(mine, size))
+        logits = model(input_ids=inputs, use_cache=False).logits.float()
+        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        return total / (self.windows * size)
