@@ -1,5 +1,11 @@
 """What the machine at hand can do."""
 
+import os
+import shlex
+import shutil
+import sysconfig
+from pathlib import Path
+
 import torch
 
 LONGEST_WRITTEN_OUT = 128
@@ -23,3 +29,10 @@ def fast_attention(block_size: int) -> str:
     """
     written_out = not torch.cuda.is_available() and block_size <= LONGEST_WRITTEN_OUT
     return "eager" if written_out else "sdpa"
+
+
+def can_compile() -> bool:
+    """Whether `torch.compile` finds a compiler ($CXX, else g++) and Python's headers."""
+    compiler, *_ = shlex.split(os.environ.get("CXX", "g++"))
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    return shutil.which(compiler) is not None and headers.exists()

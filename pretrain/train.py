@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from common.artifacts import MetricsFile, read_json, write_json
+from common.device import can_compile
 from common.errors import UserError
 from common.token_file import TokenFile
+from common.windows import document_positions, evaluation_spans, source_rows, training_starts
 from pretrain.config import PretrainConfig
 from pretrain.optimizer import build_optimizers
 from pretrain.trackers import Gauge, start_trackers
-from pretrain.windows import document_positions, evaluation_spans, source_rows, training_starts
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, position_ids: (B, T) int64 each
 
@@ -59,7 +60,9 @@ def train(
     gauge = Gauge(model, config, accelerator)
     net, *optimizers = accelerator.prepare(model, *optimizers)
     forward = net
-    if config.torch_compile:
+    if config.torch_compile and not can_compile():
+        accelerator.print("pretrain: no C++ compiler with Python.h here, so uncompiled and slower")
+    elif config.torch_compile:
         forward = torch.compile(net)
         batch = next(micro_batches(train_file, model.config, 0, config, accelerator))
         warm_up(forward, batch, accelerator)

@@ -53,3 +53,25 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(
     assert checkpoint.name == "step-4"
     saved = load_file(checkpoint / "model.safetensors")
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in saved.items())
+
+
+def test_without_a_compiler_it_trains_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seen to end in torch's InvalidCxxCompiler without the question."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    tokenizer = train_characters(["the cat sat"])
+    write_token_file(["the cat sat"] * 60, tokenizer, tmp_path / "train.bin", documents=True)
+    file = TokenFile(tmp_path / "train.bin")
+    sizes = ModelConfig(block_size=16, num_hidden_layers=1, hidden_size=16, num_attention_heads=2)
+    config = PretrainConfig(
+        output_dir=str(tmp_path),
+        data="x",
+        max_steps=2,
+        per_device_train_batch_size=2,
+        torch_compile=True,
+    )
+    figures = train(make_model(sizes, tokenizer), file, file, config, Accelerator())
+    assert figures["train_tokens"] == 64
+    assert "no C++ compiler" in capsys.readouterr().out
