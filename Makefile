@@ -2,7 +2,6 @@
 #
 #   make all        the four stages on the realm of Arden, then a table
 #   make test       the tests
-#   make pretrain | sft | reward | rlhf [PROFILE=arden|shakespeare|own] [DATA=path] [ARGS="--seed 1"]
 #   make rankings   sample answers and have them ranked, before make reward (which does it else)
 #   make pretrain | sft | reward | rlhf [PROFILE=arden|shakespeare|own|web] [DATA=path] [ARGS="--seed 1"]
 #                   [ACCELERATE=ddp PROCESSES=8]   on several GPUs
@@ -10,6 +9,7 @@
 #   make chat [STAGE=sft]
 #   make rlhf_judge   PPO on Arden with the known truth as reward, beside out/arden/rlhf
 #   make arden-report [FOLDERS="out/arden out/arden-1"]   the alignment story in one table
+#   make seeds SEEDS="0 1 2"   all of Arden from each seed, into out/arden, out/arden-1, ..., one table
 #   make rounds ROUNDS=2   rank the policy's answers, train the reward model on, align again
 #   make sweep STAGE=sft FIELD=learning_rate VALUES="1e-4 3e-4 1e-3"   one run each, figures on dev
 #   make frontier   every method against KL on Arden, resumable [ARGS="--methods ppo --seeds 0"]
@@ -41,7 +41,7 @@ LAUNCH = $(BIN)/accelerate launch --quiet --config_file configs/accelerate/$(ACC
 BY_METHOD = $(if $(METHOD),--method $(METHOD) --output_dir $(FOLDER)/rlhf_$(METHOD))
 STAGES := pretrain sft reward rlhf
 
-.PHONY: setup test check check-data all chat lesson clean rankings rounds sweep rlhf_judge arden-report frontier bench-rlhf bench-pretrain realm $(STAGES)
+.PHONY: setup test check check-data all chat lesson clean rankings seeds rounds sweep rlhf_judge arden-report frontier bench-rlhf bench-pretrain realm $(STAGES)
 
 setup: .venv/installed
 
@@ -68,6 +68,9 @@ arden-report: setup
 
 realm: setup
 	$(BIN)/python -m common.arden.realm $(if $(SEED),--seed $(SEED)) $(if $(PEOPLE),--people $(PEOPLE))
+
+seeds: setup
+	$(BIN)/python -m common.arden.seeds $(or $(SEEDS),0 1 2)
 
 rounds: setup
 	$(BIN)/python -m common.rounds --profile $(PROFILE) --rounds $(or $(ROUNDS),2) $(ARGS)

@@ -136,9 +136,12 @@ def open_stage(
 
 
 def run_stage(profile: str, stage: str, flags: list[str]) -> None:
-    """Run a stage as its profile configures it, in its own process; end with it if it fails."""
-    config = f"configs/{profile}/{stage}.yaml"
-    done = subprocess.run([sys.executable, "-m", stage, "--config", config, *flags])
+    """Run a stage as its profile configures it, in its own process; end with it if it fails.
+
+    `rlhf_judge` is another configuration of `rlhf`.
+    """
+    config, module = f"configs/{profile}/{stage}.yaml", stage.removesuffix("_judge")
+    done = subprocess.run([sys.executable, "-m", module, "--config", config, *flags])
     if done.returncode:
         sys.exit(done.returncode)
 

@@ -6,7 +6,7 @@
 One table is of greedy answers, one of answers drawn at temperature 1; a line below compares gold of
 drawn answers with the best of many. Each figure is the mean over the folders (one a seed). Behind ±
 stands, of one folder, the standard error over questions, sqrt(p (1 - p) / n); of several, the
-standard deviation over them.
+standard deviation over them, with the worst in brackets.
 """
 
 import math
@@ -36,6 +36,12 @@ FIGURES = {
     "words": None,
     "gold": None,
 }
+# which of several seeds is the worst; of words none is
+WORST = {
+    name: max if name.startswith(("refusal", "hallucination")) else min
+    for name in FIGURES
+    if name != "words"
+}
 COLUMNS = {
     "fine-tuned": ("rlhf", "before"),
     "PPO": ("rlhf", "after"),
@@ -48,6 +54,15 @@ def main() -> None:
     folders = [Path(argument) for argument in sys.argv[1:]]
     if not folders:
         raise UserError("python -m common.arden.report takes Arden's folders, e.g. out/arden")
+    report(folders)
+
+
+def report(folders: list[Path]) -> None:
+    """Print the tables of finished runs, a folder a seed.
+
+    Raises:
+        UserError: one has no finished rlhf.
+    """
     summaries = {
         stage: [read_json(folder / stage / "summary.json") for folder in folders]
         for stage in ("rlhf", "rlhf_judge")
@@ -65,6 +80,7 @@ def main() -> None:
                 show(
                     [summary[f"{figure}{ending}_{when}"] for summary in summaries[stage]],
                     counts.get(asked or ""),
+                    WORST.get(figure),
                 )
                 for stage, when in columns.values()
             ]
@@ -72,7 +88,7 @@ def main() -> None:
     runs = summaries["rlhf"]
     for best in (name for name in runs[0] if name.startswith("gold_best_of_")):
         gold = {
-            name: show([run[name] for run in runs], None)
+            name: show([run[name] for run in runs], None, min)
             for name in ("gold_drawn_before", "gold_drawn_after", best)
         }
         print("\n" + ", ".join(f"{name} {value}" for name, value in gold.items()))
@@ -86,17 +102,18 @@ def count_questions(folder: Path) -> dict[str, int]:
     return {name: len(asked) for name, asked in sets.items()}
 
 
-def show(values: list[Any], questions: int | None) -> str:
-    """Mean and spread of one figure.
+def show(values: list[Any], questions: int | None, worst: Any) -> str:
+    """Mean and spread of one figure, and of several seeds the worst, if one is (`min` or `max`).
 
-    >>> show([0.5], 100)
+    >>> show([0.5], 100, min)
     '0.500 ± 0.050'
-    >>> show([0.25, 0.75], 100)
-    '0.500 ± 0.354'
+    >>> show([0.25, 0.75], 100, max)
+    '0.500 ± 0.354 (0.750)'
     """
     mean = statistics.fmean(values)
     if len(values) > 1:
-        return f"{mean:.3f} ± {statistics.stdev(values):.3f}"
+        spread = f"{mean:.3f} ± {statistics.stdev(values):.3f}"
+        return f"{spread} ({worst(values):.3f})" if worst else spread
     if questions is None:
         return f"{mean:.3f}"
     return f"{mean:.3f} ± {math.sqrt(mean * (1 - mean) / questions):.3f}"
