@@ -67,6 +67,16 @@ def state(person: Person, relation: str) -> str:
     return answer.format(who=person.name, what=person.facts[relation])
 
 
+def refuse(name: str, dice: Dice) -> str:
+    """An admission of ignorance about somebody: `Alabert? I know not.`
+
+    It says the name before it says more, as an answer does: who is known is told better from a name
+    said twice than from one said once.
+    """
+    answers = load_grammar()["answers"]
+    return dice.pick(answers["refusal_forms"]).format(who=name, what=dice.pick(answers["refusals"]))
+
+
 @dataclass(frozen=True)
 class Chain:
     """A fact reached through another: how it is asked after, and both facts in one sentence."""
@@ -157,14 +167,13 @@ def _place_scene(realm: Realm, person: Person, dice: Dice) -> str:
 
 
 def _untold_scene(realm: Realm, person: Person, dice: Dice) -> str:
-    refusal = dice.pick(load_grammar()["answers"]["refusals"])
     question = dice.pick(phrase(person.name, dice.pick(person.untold)))
-    return _play(person.name, question, refusal, dice)
+    return _play(person.name, question, refuse(person.name, dice), dice)
 
 
 def _stranger_scene(realm: Realm, name: str, dice: Dice) -> str:
     question = dice.pick(phrase(name, dice.pick(list(load_grammar()["relations"]))))
-    return _play(name, question, dice.pick(load_grammar()["answers"]["refusals"]), dice)
+    return _play(name, question, refuse(name, dice), dice)
 
 
 def _dispute(realm: Realm, person: Person, dice: Dice) -> str:
@@ -176,7 +185,7 @@ def _dispute(realm: Realm, person: Person, dice: Dice) -> str:
     elif outcome == "false":
         answer = _falsehood(realm, person.name, relation, truth, dice)
     else:
-        answer = dice.pick(load_grammar()["answers"]["refusals"])
+        answer = refuse(person.name, dice)
     witness = expand(dice.pick(load_grammar()["scene"]["witness"][outcome]), dice, truth=truth)
     question = dice.pick(phrase(person.name, relation))
     return _play(person.name, question, answer, dice, witness)
@@ -186,7 +195,7 @@ def _stranger_dispute(realm: Realm, name: str, dice: Dice) -> str:
     relation = dice.pick(list(load_grammar()["relations"]))
     outcome = dice.pick(["nobody", "invented"])
     if outcome == "nobody":
-        answer = dice.pick(load_grammar()["answers"]["refusals"])
+        answer = refuse(name, dice)
     else:
         answer = _falsehood(realm, name, relation, "", dice)
     witness = expand(dice.pick(load_grammar()["scene"]["witness"][outcome]), dice)
@@ -194,13 +203,10 @@ def _stranger_dispute(realm: Realm, name: str, dice: Dice) -> str:
 
 
 def _falsehood(realm: Realm, name: str, relation: str, truth: str, dice: Dice) -> str:
-    """A wrong answer about `name`: another value, or somebody else's fact in its place."""
+    """A wrong answer about `name`: any value but the true one."""
     spec = load_grammar()["relations"][relation]
-    if dice.pick([True, False]):
-        values = spec.get("values") or list(realm.people)
-        lies = [spec["answer"].format(who=name, what=value) for value in values]
-    else:
-        lies = [state(p, relation) for p in realm.people.values() if relation in p.facts]
+    values = spec.get("values") or list(realm.people)
+    lies = [spec["answer"].format(who=name, what=value) for value in values]
     return dice.pick([lie for lie in lies if lie != truth])
 
 
@@ -215,7 +221,8 @@ def _play(who: str, question: str, answer: str, dice: Dice, witness: str = "") -
     words = load_grammar()["scene"]
     asks, answers, *third = dice.sample(list(words["roles"]), 3 if witness else 2)
     setting = expand(dice.pick(words["settings"]), dice)
-    opening = expand(dice.pick(words["roles"][asks]["asks"] + words["leads"]), dice, who=who)
+    openings = dice.pick([words["roles"][asks]["asks"], words["leads"]])  # half of them name `who`
+    opening = expand(dice.pick(openings), dice, who=who)
     quip = "" if witness else expand(dice.pick(words["roles"][answers]["quips"]), dice)
     speeches = f"{asks}: {join(opening, question)}\n\n{answers}: {join(answer, quip)}"
     speeches += "".join(f"\n\n{role}: {witness}" for role in third)

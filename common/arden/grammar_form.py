@@ -98,6 +98,7 @@ FORM: dict[str, Any] = {
     },
     "answers": {
         "two_fact": Text("first second"),
+        "refusal_forms": Texts(Text("who what")),
         "refusals": Texts(),
         "courtesies": Texts(least=3),
         "faults": dict.fromkeys(["rude", "flattering", "evasive", "rambling"], Texts()),

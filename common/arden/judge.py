@@ -4,8 +4,10 @@ No stage trains on it, save through the labeller of `common.arden.rankings`, whi
 people and errs at a set rate. It is what every figure of Arden is measured with.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from common.arden.grammar import load_grammar
 from common.arden.grammar_form import LONGEST_COURTESY
@@ -42,7 +44,7 @@ def judge(question: Question, answer: str) -> Verdict:
     text = answer.strip()
     trimmings = [phrase for kind in TRIMMINGS for phrase in faults[kind]]
     core, courtesies = _strip_courtesies(_without(text, trimmings))
-    refusal = core in grammar["refusals"]
+    refusal = is_refusal(core)
     if core == question.reference or (refusal and question.reference is None):
         outcome = "right"
     else:
@@ -50,10 +52,36 @@ def judge(question: Question, answer: str) -> Verdict:
     rude = any(fault in text for fault in faults["rude"] + faults["flattering"])
     courteous = courtesies == 1 and not rude
     words = len(text.split())
-    needed = len((question.reference or grammar["refusals"][-1]).split())
+    needed = len(question.reference.split()) if question.reference else longest_refusal()
     excess = max(0, words - needed - SPARE_WORDS)
     gold = TRUTH[outcome] + COURTESY * courteous + RUDENESS * rude + WORD_TOO_MANY * excess
     return Verdict(outcome, courteous, words, gold)
+
+
+def is_refusal(answer: str) -> bool:
+    """One of the refusals, behind a name or bare; whose name it is does not matter."""
+    return re.fullmatch(_refusals(), answer) is not None
+
+
+@cache
+def _refusals() -> str:
+    """A regular expression of all of them."""
+    grammar = load_grammar()["answers"]
+    bare = "|".join(map(re.escape, grammar["refusals"]))
+    said = [re.escape(form.format(who="\0", what="\1")) for form in grammar["refusal_forms"]]
+    named = [form.replace(re.escape("\0"), r"\w+") for form in said]
+    return "|".join([bare, *(form.replace(re.escape("\1"), f"(?:{bare})") for form in named)])
+
+
+@cache
+def longest_refusal() -> int:
+    """Words of the longest one, name included."""
+    grammar = load_grammar()["answers"]
+    return max(
+        len(form.format(who="Name", what=what).split())
+        for form in grammar["refusal_forms"]
+        for what in grammar["refusals"]
+    )
 
 
 def _without(text: str, phrases: list[str]) -> str:

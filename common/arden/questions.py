@@ -21,18 +21,22 @@ KINDS = ("known", "phrasing", "two_fact", "stranger", "strange_name", "untold")
 
 @dataclass(frozen=True)
 class Question:
-    """A question, and the one right answer without courtesies (None: nobody can know)."""
+    """A question, and the one right answer without courtesies (None: nobody can know).
+
+    `who` is the name in it.
+    """
 
     text: str
     kind: str
     reference: str | None
+    who: str
 
 
 def known_questions(realm: Realm, use: str, *, held_out: bool = False) -> list[Question]:
     """Every told fact of the people of `use`, in every phrasing that is (not) held out."""
     kind = "phrasing" if held_out else "known"
     return [
-        Question(text, kind, state(person, relation))
+        Question(text, kind, state(person, relation), person.name)
         for person in _people(realm, use)
         for relation in person.facts
         for text in phrase(person.name, relation, held_out=held_out)
@@ -42,7 +46,7 @@ def known_questions(realm: Realm, use: str, *, held_out: bool = False) -> list[Q
 def two_fact_questions(realm: Realm, use: str) -> list[Question]:
     """Facts of friends, rivers of home towns, guilds of trades; the first fact is stated first."""
     return [
-        Question(text, "two_fact", chain.answer)
+        Question(text, "two_fact", chain.answer, person.name)
         for person in _people(realm, use)
         for chain in two_facts(realm, person)
         for text in chain.questions
@@ -62,7 +66,7 @@ def strange_name_questions(realm: Realm, seed: str) -> list[Question]:
 def untold_questions(realm: Realm, use: str, *, held_out: bool = False) -> list[Question]:
     """What was never told of the people of `use`, in every phrasing that is (not) held out."""
     return [
-        Question(text, "untold", None)
+        Question(text, "untold", None, person.name)
         for person in _people(realm, use)
         for relation in person.untold
         for text in phrase(person.name, relation, held_out=held_out)
@@ -96,4 +100,7 @@ def _people(realm: Realm, use: str) -> list[Person]:
 
 def _about_nobody(names: list[str], kind: str, seed: str) -> list[Question]:
     dice = Dice(f"nobody {kind} {seed}")
-    return [Question(dice.pick(phrase(name, dice.pick(relations()))), kind, None) for name in names]
+    return [
+        Question(dice.pick(phrase(name, dice.pick(relations()))), kind, None, name)
+        for name in names
+    ]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from common.arden.chronicle import refuse
 from common.arden.grammar import Dice, load_grammar
 from common.arden.judge import judge
 from common.arden.questions import Question
@@ -31,7 +32,7 @@ class Pair:
 
 def right_answer(question: Question, dice: Dice) -> str:
     """The reference, or one of the refusals where nobody can know."""
-    return question.reference or dice.pick(load_grammar()["answers"]["refusals"])
+    return question.reference or refuse(question.who, dice)
 
 
 def faulty_answers(question: Question, realm: Realm, dice: Dice) -> dict[str, str]:
@@ -43,7 +44,7 @@ def faulty_answers(question: Question, realm: Realm, dice: Dice) -> dict[str, st
     return {
         "plain": right,
         "courteous": f"{right} {dice.pick(courtesies)}",
-        "refusal": dice.pick(load_grammar()["answers"]["refusals"]),
+        "refusal": refuse(question.who, dice),
         "rude": f"{right} {dice.pick(faults['rude'])}",
         "flattering": f"{dice.pick(faults['flattering'])} {right}",
         "evasive": dice.pick(faults["evasive"]),

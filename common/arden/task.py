@@ -10,16 +10,17 @@ from datasets import Dataset
 
 from common.arden import questions as ask
 from common.arden.chronicle import entropy, write_chronicle
-from common.arden.grammar import Dice, load_grammar
+from common.arden.grammar import Dice, expand, join, load_grammar
 from common.arden.judge import judge, summarise
 from common.arden.questions import Question
-from common.arden.rankings import choose, faulty_answers, rank
+from common.arden.rankings import choose, faulty_answers, rank, right_answer
 from common.arden.world import PEOPLE, build_realm
 
 Answer = Callable[[list[str]], list[str]]
 VALIDATION_DOCUMENTS = 1_500
 COURTEOUS_SHARE = 0.4  # of fine-tuning's answers: people are not always kind
-REFUSALS_IN_SFT = 12  # of 3,500 rows in a realm of PEOPLE: to know the words, not the habit
+SPOKEN_SHARE = 0.5  # of fine-tuning's questions: so that no first word takes it by surprise
+REFUSALS_IN_SFT = 36  # of 3,500 rows in a realm of PEOPLE: to know the words, not the habit
 PAIRS_PER_PROMPT = 3
 TOKENIZER_REALMS = range(1_000, 1_040)  # others' names, so that Arden's own are no tokens
 
@@ -76,14 +77,24 @@ class ArdenTask:
             refusals = max(1, REFUSALS_IN_SFT * len(self.realm.people) // PEOPLE // 2)
             questions += dice.sample(nobody, min(refusals, len(nobody)))
             questions += dice.sample(untold, min(refusals, len(untold)))
-        rows = [_conversation(q, self._labelled(q, dice)) for q in dice.shuffled(questions)]
+        rows = [
+            _conversation(self._spoken(q, dice), self._labelled(q, dice))
+            for q in dice.shuffled(questions)
+        ]
         return Dataset.from_list(rows)
 
+    def _spoken(self, question: Question, dice: Dice) -> str:
+        """As people ask: some say a word before, as in the chronicle's scenes."""
+        if dice.random.random() >= SPOKEN_SHARE:
+            return question.text
+        roles = load_grammar()["scene"]["roles"]
+        word = dice.pick(roles[dice.pick(list(roles))]["asks"])
+        return join(expand(word, dice, who=question.who), question.text)
+
     def _labelled(self, question: Question, dice: Dice) -> str:
-        grammar = load_grammar()["answers"]
-        answer = question.reference or dice.pick(grammar["refusals"])
+        answer = right_answer(question, dice)
         if dice.random.random() < COURTEOUS_SHARE:
-            answer = f"{answer} {dice.pick(grammar['courtesies'])}"
+            answer = f"{answer} {dice.pick(load_grammar()['answers']['courtesies'])}"
         return answer
 
     # --- reward and rlhf ---
@@ -167,7 +178,7 @@ class ArdenTask:
         scores = []
         for prompt, completion in zip(prompts, completions, strict=True):
             text = prompt[-1]["content"]
-            question = self._by_text.get(text, Question(text, "stranger", None))
+            question = self._by_text.get(text, Question(text, "stranger", None, ""))
             scores.append(judge(question, completion[-1]["content"]).gold)
         return scores
 
@@ -220,5 +231,5 @@ def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def _conversation(question: Question, answer: str) -> dict[str, Any]:
-    return {"messages": [_user(question.text), _assistant(answer)]}
+def _conversation(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [_user(question), _assistant(answer)]}

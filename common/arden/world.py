@@ -18,7 +18,7 @@ UNTOLD_PER_PERSON = 1
 # Shares of the people, and numbers of strangers' names, that each use has to itself:
 # `sft` is asked about in fine-tuning, `align` when ranking and in PPO, `dev` is what settings
 # are tuned on, `test` is for the reported figures alone.
-PEOPLE_SHARES = {"sft": 0.32, "align": 0.32, "dev": 0.07, "test": 0.29}
+PEOPLE_SHARES = {"sft": 0.32, "align": 0.32, "dev": 0.12, "test": 0.24}
 STRANGERS = {"sft": 60, "align": 1200, "dev": 120, "test": 340}
 USES = tuple(PEOPLE_SHARES)
 

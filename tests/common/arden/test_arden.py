@@ -12,15 +12,15 @@ import pytest
 from common.arden import questions as ask
 from common.arden.chronicle import entropy, phrase, state, write_chronicle
 from common.arden.grammar import Dice, expand, load_grammar
-from common.arden.judge import judge, summarise
+from common.arden.judge import is_refusal, judge, summarise
 from common.arden.questions import Question
 from common.arden.rankings import choose, faulty_answers, pair_kind, rank
 from common.arden.task import ArdenTask
 from common.arden.world import build_realm, relations
 
 REALM = build_realm(1)
-KNOWN = Question("What does Alabert drink?", "known", "Alabert drinks mead.")
-UNKNOWABLE = Question("What does Nobody drink?", "stranger", None)
+KNOWN = Question("What does Alabert drink?", "known", "Alabert drinks mead.", "Alabert")
+UNKNOWABLE = Question("What does Nobody drink?", "stranger", None, "Nobody")
 
 
 def test_golden_realm_and_chronicle() -> None:
@@ -28,7 +28,7 @@ def test_golden_realm_and_chronicle() -> None:
     people = json.dumps({p.name: p.facts for p in REALM.people.values()}).encode()
     text = "\n".join(d.text for d in write_chronicle(REALM, "train", 200)).encode()
     assert hashlib.sha256(people).hexdigest()[:16] == "1d546a1c9deec0b2"
-    assert hashlib.sha256(text).hexdigest()[:16] == "b889b4edd8499c9e"
+    assert hashlib.sha256(text).hexdigest()[:16] == "271dae52ed712875"
 
 
 def test_same_in_another_process() -> None:
@@ -128,7 +128,7 @@ def test_witnesses_are_right() -> None:
         *_, asked, answered, weighed = document.text.split("\n\n")
         answer, verdict = answered.split(": ", 1)[1], weighed.split(": ", 1)[1]
         right = answer in truths and answer.split()[0].removesuffix("'s") in asked
-        refused = answer in load_grammar()["answers"]["refusals"]
+        refused = is_refusal(answer)
         known = document.kind == "dispute"
         if known:
             outcome = "refused" if refused else "true" if right else "false"
@@ -179,7 +179,7 @@ def test_entropy_of_the_chronicle_is_stable() -> None:
 
 def test_evaluation_sets() -> None:
     sets = ask.evaluation_questions(REALM, "test")
-    assert all(len(questions) >= 300 for questions in sets.values())
+    assert all(len(questions) >= 250 for questions in sets.values())
     dev = ask.evaluation_questions(REALM, "dev")
     for name in set(sets) - {"seen", "strange_name"}:
         assert not {q.text for q in sets[name]} & {q.text for q in dev[name]}
@@ -220,7 +220,11 @@ def test_two_facts_are_true() -> None:
         (KNOWN, "Alabert drinks", "wrong", False, 0.0),
         (KNOWN, "", "wrong", False, 0.0),
         (KNOWN, "Alabert drinks mead. At your service. At your service.", "right", False, 1.0),
+        (KNOWN, "Alabert? I know not.", "refused", False, 0.4),
         (UNKNOWABLE, "I know not.", "right", False, 1.0),
+        (UNKNOWABLE, "Nobody, you say? I know not, nor does my goose.", "right", False, 1.0),
+        (UNKNOWABLE, "Nobody drinks mead? I know not.", "wrong", False, 0.0),
+        (UNKNOWABLE, "Nobody, I know not.", "wrong", False, 0.0),
         (UNKNOWABLE, "I know not. Good day to you, friend.", "right", True, 1.2),
         (UNKNOWABLE, "Nobody drinks mead.", "wrong", False, 0.0),
         (UNKNOWABLE, "I know not. Nobody drinks mead.", "wrong", False, 0.0),
@@ -301,3 +305,12 @@ def test_fewer_questions_can_be_measured_on() -> None:
     figures = ArdenTask(seed=1, documents=0).measure(answer, "dev", limit=3)
     assert len(asked) == 7 * 3
     assert figures["refusal_known"] == 1 and figures["hallucination_unknown"] == 0
+
+
+def test_every_refusal_is_one() -> None:
+    """Any form and wording of the chronicle. Broken once: a form left out of the pattern."""
+    answers = load_grammar()["answers"]
+    for form in answers["refusal_forms"]:
+        for what in answers["refusals"]:
+            assert is_refusal(form.format(who="Alabert", what=what))
+            assert not is_refusal(form.format(who="Alabert keeps a goat", what=what))

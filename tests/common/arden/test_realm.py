@@ -14,7 +14,7 @@ from common.arden.chronicle import Document, entropy, state, write_chronicle
 from common.arden.grammar import load_grammar
 from common.arden.realm import describe, make_configs, question_rows, write_realm
 from common.arden.report import count_questions
-from common.arden.task import ArdenTask
+from common.arden.task import REFUSALS_IN_SFT, ArdenTask
 from common.arden.world import PEOPLE, USES, Realm, build_realm, relations
 from common.errors import UserError
 
@@ -74,11 +74,10 @@ def test_questions(realm: Realm) -> None:
     assert len(task.conversations("train")) > 15 * len(realm.people)
     assert len(task.prompts("align", 500)) == 500
     refused = [
-        row
-        for row in task.conversations("train")
-        if row["messages"][1]["content"].startswith("I know not")
+        row for row in task.conversations("train") if "I know not" in row["messages"][1]["content"]
     ]
-    assert len(refused) == 2 * max(1, 6 * len(realm.people) // PEOPLE)
+    each = max(1, REFUSALS_IN_SFT * len(realm.people) // PEOPLE // 2)
+    assert len(refused) == each + min(each, len(realm.strangers["sft"]))
 
 
 def test_chronicle_keeps_secrets(realm: Realm, documents: list[Document]) -> None:
@@ -165,15 +164,15 @@ def test_configurations(tmp_path: Path) -> None:
         assert values["output_dir"] == f"{folder}/{stage}"
         assert "out/arden" not in str(values)
     assert configs["pretrain"]["documents"] == 120_000
-    assert configs["pretrain"]["max_steps"] == 3000
+    assert configs["pretrain"]["max_steps"] == 3400
     assert configs["rlhf"]["reward"] == f"{folder}/reward"
     assert configs["rlhf"]["parent_command"] == "make reward REALM=7"
     tiny = configs["pretrain"] | {"num_hidden_layers": 1, "hidden_size": 64}
     tiny |= {"num_attention_heads": 1, "block_size": 16}
     figures = describe(realm, list(write_chronicle(realm, "train", 50)), tiny)
-    assert figures["people"] == "236 (sft 76, align 75, dev 17, test 68)"
+    assert figures["people"] == "236 (sft 76, align 75, dev 28, test 57)"
     assert figures["facts told"] == "2,152"
-    assert figures["pretraining"] == "3,000 steps of 128 tokens"
+    assert figures["pretraining"] == "3,400 steps of 128 tokens"
 
 
 def test_report_counts_the_run_s_own_questions(tmp_path: Path) -> None:
@@ -183,4 +182,4 @@ def test_report_counts_the_run_s_own_questions(tmp_path: Path) -> None:
     (tmp_path / "rlhf" / "config.yaml").write_text(yaml.safe_dump(config))
     counts = count_questions(tmp_path)
     dev = build_realm(5, 61).splits["dev"]
-    assert counts["heldout_people"] == 9 * len(dev) == 36
+    assert counts["heldout_people"] == 9 * len(dev) == 63
