@@ -28,6 +28,7 @@ SHORT: dict[str, dict[str, Any]] = {
         "hidden_size": 64,
         "num_attention_heads": 2,
         "max_steps": 40,
+        "torch_compile": False,
     },
     "sft": {"max_steps": 40, "max_new_tokens": 24, "evaluate_on": "dev"},
     "reward": {
@@ -52,7 +53,11 @@ PARENTS = {
     "pretrain": {},
     "sft": {"model_name_or_path": "pretrain"},
     "reward": {"model_name_or_path": "pretrain", "policy": "sft"},
-    "rlhf": {"model_name_or_path": "sft", "reward": "reward"},
+    "rlhf": {
+        "model_name_or_path": "sft",
+        "reward": "reward",
+        "ptx_data": "pretrain/data/train.bin",
+    },
 }
 
 
