@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from common.errors import UserError
 
-SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>")
+ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", *ROLE_TOKENS)
 UNKNOWN_TOKEN = "<|unk|>"  # characters only: bytes leave nothing unknown
 VOCAB_MULTIPLE = 64  # matrices whose sides are such multiples are faster on GPUs
 
@@ -174,7 +175,7 @@ def _wrap(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
         pad_token="<|pad|>",
         bos_token="<|bos|>",
         eos_token="<|eos|>",
-        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        additional_special_tokens=list(ROLE_TOKENS),
         clean_up_tokenization_spaces=False,
         **special,
     )

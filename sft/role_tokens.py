@@ -13,8 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.errors import UserError
-
-ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
+from common.tokenizer import ROLE_TOKENS
 
 
 @torch.no_grad()

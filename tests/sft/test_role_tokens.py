@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.tokenizer import train_bpe, train_characters
+from common.tokenizer import ROLE_TOKENS, train_bpe, train_characters
 from pretrain.__main__ import make_model
 from pretrain.config import ModelConfig
-from sft.role_tokens import ROLE_TOKENS, start_role_tokens
+from sft.role_tokens import start_role_tokens
 
 TOY = ModelConfig(block_size=16, num_hidden_layers=1, hidden_size=16, num_attention_heads=2)
 
