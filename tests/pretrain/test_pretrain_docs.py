@@ -11,24 +11,15 @@ from pretrain.__main__ import make_model
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.trackers import make_accelerator
 from pretrain.train import train
+from tests.pages import ROOT, check_names
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "pretrain.md").read_text(encoding="utf-8")
 
 
 def test_functions_and_tests_exist() -> None:
     """Broken once: a function and a test renamed in the page."""
-    places = re.findall(r"`((?:pretrain|common)/\w+\.py):(\w+)`", PAGE)
-    assert len(places) > 15
-    for file, name in places:
-        source = (ROOT / file).read_text(encoding="utf-8")
-        assert re.search(rf"(def|class) {name}\b", source), (file, name)
-    folders = (ROOT / "tests" / "pretrain", ROOT / "tests" / "common")
-    files = [path.read_text(encoding="utf-8") for f in folders for path in f.glob("test_*.py")]
-    tests = re.findall(r"`(test_\w+)`", PAGE)
-    assert len(tests) > 15
-    for test in tests:
-        assert any(f"def {test}(" in text for text in files), test
+    tests = ROOT / "tests"
+    check_names(PAGE, "pretrain|common", 15, tests / "pretrain", tests / "common")
     for file in re.findall(r"`(\w+/\w+\.\w+)`", PAGE):
         assert (ROOT / file).exists(), file
 

@@ -5,23 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlhf.trainer import PPOTrainer
+from tests.pages import ROOT, check_names
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "rlhf.md").read_text(encoding="utf-8")
 
 
 def test_functions_and_tests_exist() -> None:
     """Broken once: a function renamed in the page."""
-    places = re.findall(r"`(rlhf/\w+\.py):(\w+)`", PAGE)
-    assert len(places) > 25
-    for file, name in places:
-        source = (ROOT / file).read_text(encoding="utf-8")
-        assert re.search(rf"(def|class) {name}\b", source), (file, name)
-    files = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")]
-    tests = re.findall(r"`(test_\w+)`", PAGE)
-    assert len(tests) > 25
-    for test in tests:
-        assert any(f"def {test}(" in text for text in files), test
+    check_names(PAGE, "rlhf", 25, Path(__file__).parent)
 
 
 def test_every_logged_figure_is_defined(build: Callable[..., PPOTrainer]) -> None:
