@@ -76,6 +76,15 @@ def _explain(error: ValueError, dataclass_types: tuple[type, ...]) -> str:
     return f"unknown field {unknown[1]}: {cure}"
 
 
+def as_flags(fields: dict[str, Any]) -> list[str]:
+    """Fields of a configuration as a command line has them.
+
+    >>> as_flags({"seed": 1, "output_dir": "out"})
+    ['--seed', '1', '--output_dir', 'out']
+    """
+    return [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
+
+
 def config_values(*configs: Any) -> dict[str, Any]:
     """What was set: all fields of our dataclasses, of a library's only those that differ."""
     values: dict[str, Any] = {}

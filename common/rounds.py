@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from common.artifacts import read_json, require_parent
-from common.config import parse_config, run
+from common.config import as_flags, parse_config, run
 from common.errors import UserError
 from common.report import show_columns
 from common.stage import run_stage
@@ -65,8 +65,7 @@ def train(config: RoundsConfig, stage: str, folder: Path, **parents: Path) -> No
     """Run a stage into a round's folder, as its profile configures it."""
     print(f"rounds: {folder / stage}", flush=True)
     fields = {"output_dir": folder / stage, "evaluate_on": config.evaluate_on} | parents
-    flags = [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
-    run_stage(config.profile, stage, flags)
+    run_stage(config.profile, stage, as_flags(fields))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from common.artifacts import read_json
+from common.config import as_flags
 from common.errors import UserError
 from common.tasks import Task
 
@@ -89,9 +90,8 @@ def run_ours(output: Path, fields: dict[str, Any], threads: int, block: int) -> 
     shutil.rmtree(output, ignore_errors=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     values = fields | {"output_dir": output.absolute(), "logging_steps": block}
-    flags = [str(part) for name, value in values.items() for part in (f"--{name}", value)]
     config = str(ROOT / "configs" / "shakespeare" / "small.yaml")
-    command = [sys.executable, "-m", "pretrain", "--config", config, *flags]
+    command = [sys.executable, "-m", "pretrain", "--config", config, *as_flags(values)]
     used = _run(command, ROOT, output.with_suffix(".log"), threads)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     rates = [

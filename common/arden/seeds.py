@@ -10,10 +10,9 @@ run goes on where it was.
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from common.arden.report import report
-from common.config import run
+from common.config import as_flags, run
 from common.errors import UserError
 from common.stage import run_stage
 
@@ -26,9 +25,8 @@ def main() -> None:
     for seed, folder in zip(sys.argv[1:], folders, strict=True):
         for stage, parents in stages(folder).items():
             print(f"seeds: {folder / stage}", flush=True)
-            fields: dict[str, Any] = {"output_dir": folder / stage, "seed": seed, **parents}
-            flags = [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
-            run_stage("arden", stage, flags)
+            fields = {"output_dir": folder / stage, "seed": seed, **parents}
+            run_stage("arden", stage, as_flags(fields))
     report(folders)
 
 
