@@ -267,20 +267,26 @@ def save_checkpoint(
     if accelerator.is_main_process:
         write_json(scratch / "progress.json", {"step": step, "train_seconds": seconds})
         os.replace(scratch, folder / f"step-{step}")
-        for old in folder.glob("step-*"):
-            if old.name != f"step-{step}":
-                shutil.rmtree(old)
+        remove_others(folder, step)
+
+
+def remove_others(folder: Path, step: int) -> None:
+    """Leave the checkpoint of `step` alone; its elders may be half removed by a killed run."""
+    for old in folder.glob("step-*"):
+        if old.name != f"step-{step}":
+            shutil.rmtree(old)
 
 
 def load_checkpoint(accelerator: Accelerator, config: PretrainConfig) -> tuple[int, float]:
     """(step, seconds trained) of the newest checkpoint, restored; (0, 0.0) without one."""
+    folder = Path(config.output_dir) / "checkpoints"
     # An older one that was killed while it was removed may have lost this file, which is no matter.
-    found = [
-        (read_json(path), path.parent)
-        for path in (Path(config.output_dir) / "checkpoints").glob("step-*/progress.json")
-    ]
+    found = [(read_json(path), path.parent) for path in folder.glob("step-*/progress.json")]
     if not found:
         return 0, 0.0
     progress, path = max(found, key=lambda pair: pair[0]["step"])
     accelerator.load_state(str(path))
+    accelerator.wait_for_everyone()  # all have chosen
+    if accelerator.is_main_process:
+        remove_others(folder, progress["step"])
     return progress["step"], progress["train_seconds"]

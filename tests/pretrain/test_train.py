@@ -1,11 +1,13 @@
 """The training loop when numbers go wrong."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from common.errors import UserError
 from common.token_file import TokenFile, write_token_file
@@ -14,18 +16,17 @@ from pretrain.__main__ import make_model
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.train import describe_step, train
 
+Toy = tuple[PreTrainedModel, TokenFile, PretrainConfig]
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Seen to fail with the loss alone looked at, and with the weights stepped beforehand."""
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """A model, its text and a run of 8 steps, saved every second."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     tokenizer = train_characters(["the cat sat"])
     write_token_file(["the cat sat"] * 60, tokenizer, tmp_path / "train.bin", documents=True)
-    file = TokenFile(tmp_path / "train.bin")
     torch.manual_seed(0)
     sizes = ModelConfig(block_size=16, num_hidden_layers=1, hidden_size=16, num_attention_heads=2)
-    model = make_model(sizes, tokenizer)
     config = PretrainConfig(
         output_dir=str(tmp_path),
         data="x",
@@ -35,6 +36,12 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(
         decay_fraction=0.0,
         save_steps=2,
     )
+    return make_model(sizes, tokenizer), TokenFile(tmp_path / "train.bin"), config
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights(tmp_path: Path, toy: Toy) -> None:
+    """Seen to fail with the loss alone looked at, and with the weights stepped beforehand."""
+    model, file, config = toy
     calls = []
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
@@ -55,23 +62,21 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in saved.items())
 
 
+def test_going_on_removes_what_a_killed_run_had_half_removed(tmp_path: Path, toy: Toy) -> None:
+    """Seen to fail with old checkpoints removed at the next one alone, which may never come."""
+    model, file, config = toy
+    train(model, file, file, config, Accelerator())
+    (tmp_path / "checkpoints" / "step-4").mkdir()
+    train(model, file, file, config, Accelerator())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-6"]
+
+
 def test_without_a_compiler_it_trains_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Seen to end in torch's InvalidCxxCompiler without the question."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    model, file, config = toy
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-    tokenizer = train_characters(["the cat sat"])
-    write_token_file(["the cat sat"] * 60, tokenizer, tmp_path / "train.bin", documents=True)
-    file = TokenFile(tmp_path / "train.bin")
-    sizes = ModelConfig(block_size=16, num_hidden_layers=1, hidden_size=16, num_attention_heads=2)
-    config = PretrainConfig(
-        output_dir=str(tmp_path),
-        data="x",
-        max_steps=2,
-        per_device_train_batch_size=2,
-        torch_compile=True,
-    )
-    figures = train(make_model(sizes, tokenizer), file, file, config, Accelerator())
-    assert figures["train_tokens"] == 64
+    figures = train(model, file, file, replace(config, torch_compile=True), Accelerator())
+    assert figures["train_tokens"] == 256
     assert "no C++ compiler" in capsys.readouterr().out
