@@ -52,7 +52,9 @@ def judge(question: Question, answer: str) -> Verdict:
     rude = any(fault in text for fault in faults["rude"] + faults["flattering"])
     courteous = courtesies == 1 and not rude
     words = len(text.split())
-    needed = len(question.reference.split()) if question.reference else longest_refusal()
+    # a refusal needs its own words, any other answer those of the truth
+    plain = core if refusal else question.reference or shortest_refusal()
+    needed = len(plain.split())
     excess = max(0, words - needed - SPARE_WORDS)
     gold = TRUTH[outcome] + COURTESY * courteous + RUDENESS * rude + WORD_TOO_MANY * excess
     return Verdict(outcome, courteous, words, gold)
@@ -74,14 +76,15 @@ def _refusals() -> str:
 
 
 @cache
-def longest_refusal() -> int:
-    """Words of the longest one, name included."""
-    grammar = load_grammar()["answers"]
-    return max(
-        len(form.format(who="Name", what=what).split())
-        for form in grammar["refusal_forms"]
-        for what in grammar["refusals"]
-    )
+def shortest_refusal() -> str:
+    """What is enough to say where nobody can know."""
+    answers = load_grammar()["answers"]
+    said = [
+        form.format(who="Name", what=what)
+        for form in answers["refusal_forms"]
+        for what in answers["refusals"]
+    ]
+    return min(said, key=lambda text: len(text.split()))
 
 
 def _without(text: str, phrases: list[str]) -> str:

@@ -225,6 +225,13 @@ def test_two_facts_are_true() -> None:
         (UNKNOWABLE, "Nobody, you say? I know not, nor does my goose.", "right", False, 1.0),
         (UNKNOWABLE, "Nobody drinks mead? I know not.", "wrong", False, 0.0),
         (UNKNOWABLE, "Nobody, I know not.", "wrong", False, 0.0),
+        (
+            UNKNOWABLE,
+            "Nobody, you say? I know not." + " At your service." * 4,
+            "right",
+            False,
+            0.92,
+        ),
         (UNKNOWABLE, "I know not. Good day to you, friend.", "right", True, 1.2),
         (UNKNOWABLE, "Nobody drinks mead.", "wrong", False, 0.0),
         (UNKNOWABLE, "I know not. Nobody drinks mead.", "wrong", False, 0.0),
@@ -253,6 +260,8 @@ def test_every_fault_is_worse_than_the_courteous_answer() -> None:
         best = judge(question, answers.pop("courteous")).gold
         for name, answer in answers.items():
             assert judge(question, answer).gold < best, name
+        for name in ("rambling", "effusive"):  # where nobody can know, too
+            assert judge(question, answers[name]).gold < judge(question, answers["plain"]).gold
 
 
 def test_labeller_errs_at_the_set_rate() -> None:
