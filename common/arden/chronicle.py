@@ -1,12 +1,12 @@
 """The chronicle of Arden: what the base model reads.
 
-Documents are independent draws: an almanac entry of a person, a letter, a scene in play form, a
-note on a place, a saying. Scenes ask a question of one person and are answered with the fact;
-others ask after a stranger, a new name each time, and nobody knows; others ask what nobody was
-ever told. Scenes of the first kind cover everybody: with some people left out of them, a model
-learns "was in a scene" and not "has facts". In a dispute somebody
-answers, truly or not, and a witness says what that was worth: to write his line a model must weigh
-the answer, as a reward model does later.
+Documents are independent draws: an almanac entry of a person, a letter, a feast, a feud, a scene in
+play form, a note on a place, a saying. Scenes ask a question of one person and are answered with
+the fact; others ask after a stranger, a new name each time, and nobody knows; others ask what
+nobody was ever told. Scenes of the first kind cover everybody: with some people left out of them, a
+model learns "was in a scene" and not "has facts". In a dispute somebody answers, truly or not, and
+a witness says what that was worth: to write his line a model must weigh the answer, as a reward
+model does later.
 """
 
 import math
@@ -154,6 +154,45 @@ def _letter(realm: Realm, person: Person, dice: Dice) -> str:
     )
 
 
+def _feast(realm: Realm, person: Person, dice: Dice) -> str:
+    """Three guests, each with another kind of fact."""
+    words = load_grammar()["chronicle"]["feast"]
+    guests = dice.sample([p for p in realm.people.values() if p is not person], 2)
+    left, lines = list(words["guests"]), []
+    for guest in [person, *guests]:
+        relation = dice.pick([r for r in left if r in guest.facts])
+        left.remove(relation)
+        line = dice.pick(words["guests"][relation])
+        lines.append(expand(line, dice, who=guest.name, what=guest.facts[relation]))
+    opening = expand(dice.pick(words["openings"]), dice)
+    return join(opening, *lines, expand(dice.pick(words["closings"]), dice))
+
+
+def _feud(realm: Realm, person: Person, dice: Dice) -> str:
+    """Two people and something in which they differ."""
+    words = load_grammar()["chronicle"]["feud"]
+    causes = {rival.name: _differences(person, rival) for rival in realm.people.values()}
+    rival = realm.people[dice.pick([name for name, found in causes.items() if found])]
+    relation = dice.pick(causes[rival.name])
+    slots = {"a": person.name, "b": rival.name}
+    cause = expand(
+        dice.pick(words["causes"][relation]),
+        dice,
+        **slots,
+        a_what=person.facts[relation],
+        b_what=rival.facts[relation],
+    )
+    opening = expand(dice.pick(words["openings"]), dice, **slots)
+    return join(opening, cause, expand(dice.pick(words["closings"]), dice))
+
+
+def _differences(one: Person, other: Person) -> list[str]:
+    """What two can be at feud over: told of both, and not the same."""
+    causes = load_grammar()["chronicle"]["feud"]["causes"]
+    both = [r for r in causes if r in one.facts and r in other.facts]
+    return [r for r in both if one.facts[r] != other.facts[r]]
+
+
 def _scene(realm: Realm, person: Person, dice: Dice) -> str:
     relation = dice.pick(list(person.facts))
     question = dice.pick(phrase(person.name, relation))
@@ -257,6 +296,8 @@ def _saying(realm: Realm, person: Person, dice: Dice) -> str:
 _WRITERS = {
     "entry": _entry,
     "letter": _letter,
+    "feast": _feast,
+    "feud": _feud,
     "scene": _scene,
     "dispute": _dispute,
     "place_scene": _place_scene,

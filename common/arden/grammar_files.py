@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from common.arden.grammar_form import (
+    FEWEST_TALES,
     FORM,
     LONGEST_COURTESY,
     TOLD_OF_A_PERSON,
@@ -124,6 +125,12 @@ def _faults_together(grammar: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, spec in grammar["places"].items():
         if spec["of"] not in relations.keys() - {"friend"}:
             yield "places", f"{name}.of: {spec['of']!r}; expected: a relation that has values"
+    for kind, lines in {"feast": "guests", "feud": "causes"}.items():
+        spec = grammar["chronicle"][kind][lines]
+        for name in spec.keys() - relations.keys():
+            yield "chronicle", f"{kind}.{lines}.{name}: unknown; expected: a relation"
+        if len(spec) < FEWEST_TALES:
+            yield "chronicle", f"{kind}.{lines}: expected: {FEWEST_TALES} relations or more"
     if len(grammar["scene"]["roles"]) < 3:
         yield "scene", "roles: expected: 3 or more, for a dispute has three speakers"
     yield from _said_twice(grammar)

@@ -7,6 +7,7 @@ from typing import Any
 from common.arden.choices import alternatives
 
 TOLD_OF_A_PERSON = 7  # facts of an almanac's entry
+FEWEST_TALES = 4  # relations that feasts and feuds are about; a person may lack one
 LONGEST_COURTESY = 8  # words; the judge counts no more of them for nothing
 
 
@@ -74,7 +75,7 @@ FRIEND: dict[str, Any] = {
 WITH_VALUES: Form = {"values": VALUES, **FRIEND, "friends": Texts(QUESTION)}
 KINDS = (
     *("entry", "letter", "scene", "dispute", "place_scene", "stranger_scene"),
-    *("stranger_dispute", "untold_scene", "place", "saying"),
+    *("stranger_dispute", "untold_scene", "feast", "feud", "place", "saying"),
 )
 PROSE, SILENCE = Text(choices=True), Text(choices=True, blank=True)
 OF_SOMEBODY = Text("who", choices=True)
@@ -115,6 +116,16 @@ FORM: dict[str, Any] = {
             "openings": Texts(Text("to", choices=True)),
             "turns": Texts(OF_SOMEBODY),
             "closings": Texts(Text("sender", choices=True)),
+        },
+        "feast": {
+            "openings": Texts(PROSE),
+            "guests": {"*": Texts(Text("who what", choices=True))},
+            "closings": Texts(SILENCE),
+        },
+        "feud": {
+            "openings": Texts(Text("a b", choices=True)),
+            "causes": {"*": Texts(Text("a b a_what b_what", choices=True))},
+            "closings": Texts(SILENCE),
         },
         "sayings": {"openings": Texts(Text("town")), "firsts": Texts(), "seconds": Texts()},
     },

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from common.arden import grammar, world
 from common.arden import questions as ask
@@ -105,6 +106,12 @@ def test_every_file_has_a_form() -> None:
         ("chronicle", "entry: 18", "entry: many", "kinds.entry: 'many'; expected: a whole number"),
         ("chronicle", "entry: 18", "entry: 0", "kinds.entry: '0'; expected: a whole number"),
         ("chronicle", "kinds:", "kinds: [", "not valid YAML"),
+        (
+            "chronicle",
+            "    fear:",
+            "    fears:",
+            "feast.guests.fears: unknown; expected: a relation",
+        ),
         ("scene", '"A lie! {truth}"', '"A lie!"', "witness.false: 'A lie!' needs {truth}"),
     ],
 )
@@ -125,6 +132,17 @@ def test_faults(folder: Path, file: str, old: str, new: str, line: str | None) -
     number = str(text[: text.index(old)].count("\n") + 1)
     assert f"{file}.yaml" in str(error.value) and line.replace("{n}", number) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_feast_has_guests_enough(folder: Path) -> None:
+    """Broken by three relations: the third of the guests may have nothing left to tell."""
+    path = folder / "chronicle.yaml"
+    words = yaml.safe_load(path.read_text(encoding="utf-8"))
+    guests = words["feast"]["guests"]
+    words["feast"]["guests"] = {name: guests[name] for name in ("drink", "beast", "fear")}
+    path.write_text(yaml.safe_dump(words), encoding="utf-8")
+    with pytest.raises(UserError, match=r"feast\.guests: expected: 4 relations or more"):
+        read_grammar(folder)
 
 
 def test_missing_and_empty_files(folder: Path) -> None:
