@@ -159,8 +159,8 @@ def show_mask(
 ) -> str:
     """The conversation by the chat template: [[learned]] tokens, others bare, [cut off: ...].
 
-    For two turns and our own template:
-    `<|bos|><|user|> Hi<|eos|><|assistant|>[[ Ho<|eos|>]]`
+    For two turns and our own template (the blank line as it is):
+    `<|bos|><|user|> Hi\\n\\n<|assistant|>[[ Ho<|eos|>]]`
     """
     encoded: Any = tokenizer.apply_chat_template(
         messages, return_assistant_tokens_mask=True, return_dict=True

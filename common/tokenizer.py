@@ -36,7 +36,10 @@ _BREAK_UP = "".join(
     f".replace('{token}', '< {token[1:]}')" for token in (*SPECIAL_TOKENS, UNKNOWN_TOKEN)
 )
 # Before content stands one space, as before most words of a text: BPE has another token for a word
-# that begins a line. Else content is taken as it is. The `-` in the tags concern the template only.
+# that begins a line. Else content is taken as it is. Behind a question stands a blank line, as between
+# the speeches of a play: at <|eos|> a text was over in pretraining, and nothing before it mattered to
+# what came after, so that an answer behind one began without its question (docs/log.md). The `-` in
+# the tags concern the template only.
 CHAT_TEMPLATE = f"""\
 {{%- macro plain(text) -%}}
     {{{{- text{_BREAK_UP} -}}}}
@@ -44,7 +47,7 @@ CHAT_TEMPLATE = f"""\
 {{{{- '<|bos|>' -}}}}
 {{%- for message in messages -%}}
     {{%- if message['role'] in ['system', 'user'] -%}}
-        {{{{- '<|' + message['role'] + '|> ' + plain(message['content']) + '<|eos|>' -}}}}
+        {{{{- '<|' + message['role'] + '|> ' + plain(message['content']) + '\\n\\n' -}}}}
     {{%- elif message['role'] == 'assistant' -%}}
         {{{{- '<|assistant|>' -}}}}
         {{%- generation -%}}

@@ -24,21 +24,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_mask_is_shown_to_the_token():
     """Broken by a run that ends a token late."""
-    tokenizer = train_characters(["abc"])
+    tokenizer = train_characters(["abc\n"])
     chat = say("u: a", "a: bb", "u: c", "a: a")
     assert show_mask(chat, tokenizer, None) == (
-        "<|bos|><|user|> a<|eos|><|assistant|>[[ bb<|eos|>]]"
-        "<|user|> c<|eos|><|assistant|>[[ a<|eos|>]]"
+        "<|bos|><|user|> a\n\n<|assistant|>[[ bb<|eos|>]]"
+        "<|user|> c\n\n<|assistant|>[[ a<|eos|>]]"
     )
-    # <bos><user> _ a <eos><assistant> _ b: the eighth token is the first b
-    assert show_mask(chat[:2], tokenizer, 8) == (
-        "<|bos|><|user|> a<|eos|><|assistant|>[[ b]][cut off: b<|eos|>]"
+    # <bos><user> _ a \n \n <assistant> _ b: the ninth token is the first b
+    assert show_mask(chat[:2], tokenizer, 9) == (
+        "<|bos|><|user|> a\n\n<|assistant|>[[ b]][cut off: b<|eos|>]"
     )
     pair = {"prompt": chat[:1], "chosen": chat[1:2], "rejected": chat[3:]}
-    assert show_row(pair, tokenizer, None).splitlines() == [
-        "  chosen    <|bos|><|user|> a<|eos|><|assistant|> bb<|eos|>",
-        "  rejected  <|bos|><|user|> a<|eos|><|assistant|> a<|eos|>",
-    ]
+    assert show_row(pair, tokenizer, None) == (
+        "  chosen    <|bos|><|user|> a\n\n<|assistant|> bb<|eos|>\n"
+        "  rejected  <|bos|><|user|> a\n\n<|assistant|> a<|eos|>"
+    )
 
 
 def test_repeats_by_hand():

@@ -15,7 +15,7 @@ from common.tokenizer import model_vocab_size, train_characters
 from rlhf.score import TokenScorer
 from tests.common.test_data import say
 
-TOKENIZER = train_characters(["abcdefgh ?."])
+TOKENIZER = train_characters(["abcdefgh ?.\n"])
 CHATS = [
     say("u: a?", "a: bb."),
     say("s: c", "u: d?", "a: e.", "u: fg?", "a: hhhhh."),
@@ -148,8 +148,8 @@ def test_every_stage_reads_the_same_ids(tmp_path: Path) -> None:
 
     Broken by a scorer that leaves the prompt's first token out.
     """
-    # 7 " ", 8 ".", 9 "?", 10 a, 11 b ...
-    golden = [1, 4, 7, 10, 9, 2, 5, 7, 11, 11, 8, 2]
+    # 7 "\n", 8 " ", 9 ".", 10 "?", 11 a, 12 b ...
+    golden = [1, 4, 8, 11, 10, 7, 7, 5, 8, 12, 12, 9, 2]
     assert render(TOKENIZER, CHATS)[0] == golden, GOLDEN
     expected = render(TOKENIZER, CHATS)
     tuned = trainer(tmp_path / "sft", shuffle_dataset=False).train_dataset
