@@ -114,7 +114,7 @@ class JoinedTokens:
 def _open(path: Path) -> tuple[TokenFileInfo, np.memmap]:
     values = read_json(_info_path(path))
     if values is None or not path.exists():
-        raise UserError(f"{path}: no token file there; prepare the data first")
+        raise UserError(f"{path}: no token file there: `make pretrain` writes it")
     info = TokenFileInfo(**values)
     dtype = np.dtype(info.dtype)
     if path.stat().st_size != info.tokens * dtype.itemsize:

@@ -39,6 +39,7 @@ from rlhf.critic import plain_policy
 from rlhf.invariants import BrokenInvariant
 from rlhf.measure import measure, measure_best_of
 from rlhf.methods import build_trainer
+from rlhf.ptx import PretrainingText
 from rlhf.rewards import hash_function, is_function, score_answers, weigh
 
 
@@ -62,10 +63,13 @@ def main() -> None:
     tokenizer = load_tokenizer(stage.parent)
     rewards = load_rewards(config, stage.task, stage.parent, tokenizer)
     weights = weigh(config.reward_names, args.reward_weights)
+    policy = AutoModelForCausalLM.from_pretrained(stage.parent).to(args.device)
+    if args.ptx_coef:  # refused now, if it is not the policy's text, and not after measuring
+        context = policy.config.max_position_embeddings
+        PretrainingText(args.ptx_data, args.ptx_windows, context, args.seed, tokenizer)
     with args.main_process_first():
         if args.process_index == 0:
             stage.output.start()
-    policy = AutoModelForCausalLM.from_pretrained(stage.parent).to(args.device)
 
     def score(chats: list[Chat]) -> list[float]:
         return score_answers(rewards, weights, tokenizer, chats)

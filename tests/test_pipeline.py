@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from common.token_file import write_token_file
+from common.tokenizer import train_characters
+
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -196,11 +199,19 @@ def test_judge_as_reward(folder: Path) -> None:
     [
         ("sft", {"model_name_or_path": "nowhere"}, "run `make pretrain` first"),
         ("rlhf", {"reward": "nowhere"}, "run `make reward` first"),
-        ("rlhf", {"num_mini_batchez": 2}, "did you mean num_mini_batches?"),
+        ("rlhf", {"ptx_data": "nowhere.bin"}, "nowhere.bin: no token file there: `make pretrain`"),
+        ("rlhf", {"ptx_data": "{foreign}"}, "was written with another tokenizer than the policy's"),
+        ("rlhf", {"num_mini_batchez": "2"}, "did you mean num_mini_batches?"),
         ("sft", {"data": "nowhere.jsonl"}, "nowhere.jsonl"),
     ],
 )
-def test_bad_input(folder: Path, stage: str, fields: dict[str, Any], message: str) -> None:
+def test_bad_input(
+    folder: Path, tmp_path: Path, stage: str, fields: dict[str, Any], message: str
+) -> None:
+    """Broken by looking at the pretraining text where PPO reads it, after the first measurement."""
+    foreign = tmp_path / "foreign.bin"
+    write_token_file(["ab" * 600], train_characters(["ab"]), foreign, documents=False)
+    fields = {name: value.format(foreign=foreign) for name, value in fields.items()}
     result = run_stage(stage, folder, name="bad", check=False, **fields)
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

@@ -27,8 +27,7 @@ def test_mask_is_shown_to_the_token():
     tokenizer = train_characters(["abc\n"])
     chat = say("u: a", "a: bb", "u: c", "a: a")
     assert show_mask(chat, tokenizer, None) == (
-        "<|bos|><|user|> a\n\n<|assistant|>[[ bb<|eos|>]]"
-        "<|user|> c\n\n<|assistant|>[[ a<|eos|>]]"
+        "<|bos|><|user|> a\n\n<|assistant|>[[ bb<|eos|>]]<|user|> c\n\n<|assistant|>[[ a<|eos|>]]"
     )
     # <bos><user> _ a \n \n <assistant> _ b: the ninth token is the first b
     assert show_mask(chat[:2], tokenizer, 9) == (
