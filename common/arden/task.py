@@ -20,7 +20,7 @@ Answer = Callable[[list[str]], list[str]]
 VALIDATION_DOCUMENTS = 1_500
 COURTEOUS_SHARE = 0.4  # of fine-tuning's answers: people are not always kind
 SPOKEN_SHARE = 0.5  # of fine-tuning's questions: so that no first word takes it by surprise
-REFUSALS_IN_SFT = 20  # of 3,500 rows in a realm of PEOPLE: to know the words, not the habit
+REFUSALS_IN_SFT = 14  # of 3,500 rows in a realm of PEOPLE: to know the words, not the habit
 PAIRS_PER_PROMPT = 3
 TOKENIZER_REALMS = range(1_000, 1_040)  # others' names, so that Arden's own are no tokens
 
