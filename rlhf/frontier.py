@@ -144,7 +144,7 @@ def plan_runs(config: FrontierConfig) -> dict[str, list[str]]:
                 n = [str(n) for n in config.n]
                 runs = {BEST_OF_N: ["rlhf.best_of_n", "--questions", "100", "--n", *n]}
             else:
-                settings = ["--method", method, "--seed", str(seed), "--beta"]
+                settings = ["--method", method, "--seed", str(seed), "--best_of", "0", "--beta"]
                 if config.num_updates:
                     settings = ["--num_updates", str(config.num_updates), *settings]
                 runs = {f"{method}_{b:g}_{seed}": ["rlhf", *settings, str(b)] for b in config.betas}
