@@ -46,6 +46,7 @@ SHORT: dict[str, dict[str, Any]] = {
         "eval_prompts": 24,
         "allow_no_go": True,
         "best_of": 2,
+        "ptx_coef": 1.0,
         "num_updates": 2,
         "per_device_train_batch_size": 8,
         "max_completion_length": 16,

@@ -37,14 +37,13 @@ def folder_of(seed: int) -> Path:
 
 def stages(folder: Path) -> dict[str, dict[str, Path]]:
     """The stages in order, each with what it reads of the others, by field."""
-    text = {"ptx_data": folder / "pretrain" / "data" / "train.bin"}
     tuned = {"model_name_or_path": folder / "sft"}
     return {
         "pretrain": {},
         "sft": {"model_name_or_path": folder / "pretrain"},
         "reward": tuned,
-        "rlhf": tuned | {"reward": folder / "reward"} | text,
-        "rlhf_judge": tuned | text,
+        "rlhf": tuned | {"reward": folder / "reward"},
+        "rlhf_judge": tuned,
     }
 
 
