@@ -24,7 +24,14 @@ from trl import TrlParser
 from common.errors import UserError
 
 # Decided while running, or without influence on the result: no part of a configuration's identity.
-INCIDENTAL = {"output_dir", "overwrite", "logging_dir", "report_to", "dataloader_num_workers"}
+INCIDENTAL = {
+    "output_dir",
+    "overwrite",
+    "logging_dir",
+    "report_to",
+    "dataloader_num_workers",
+    "disable_tqdm",
+}
 
 
 class _Parser(TrlParser):

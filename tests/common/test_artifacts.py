@@ -29,6 +29,7 @@ def test_same_run_goes_on_and_another_is_refused(tmp_path: Path) -> None:
     output = start(tmp_path / "sft")
     write_text(output.checkpoints / "x", "precious")
     assert not start(tmp_path / "sft").finished
+    StageOutput(str(tmp_path / "sft"), {"seed": 0, "disable_tqdm": True}, {"parent": "abc"})
     with pytest.raises(UserError, match=r"holds a run with seed 0 \(now 1\)"):
         start(tmp_path / "sft", seed=1)
     with pytest.raises(UserError, match="another parent"):
