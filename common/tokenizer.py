@@ -36,10 +36,9 @@ _BREAK_UP = "".join(
     f".replace('{token}', '< {token[1:]}')" for token in (*SPECIAL_TOKENS, UNKNOWN_TOKEN)
 )
 # Before content stands one space, as before most words of a text: BPE has another token for a word
-# that begins a line. Else content is taken as it is. Behind a question stands a blank line, as between
-# the speeches of a play: at <|eos|> a text was over in pretraining, and nothing before it mattered to
-# what came after, so that an answer behind one began without its question (docs/log.md). The `-` in
-# the tags concern the template only.
+# that begins a line. Else content is taken as it is. Behind a question stands a blank line, as
+# between the speeches of a play: at <|eos|> a text was over in pretraining, and an answer behind it
+# began without its question (docs/log.md). The `-` in the tags concern the template only.
 CHAT_TEMPLATE = f"""\
 {{%- macro plain(text) -%}}
     {{{{- text{_BREAK_UP} -}}}}
