@@ -99,7 +99,7 @@ def main() -> None:
     minutes = sum(SECONDS[method_of(name)] for name in left) / 60
     print(
         f"frontier: {len(commands)} runs, {len(commands) - len(left)} of them finished; the others "
-        f"take about {minutes:.0f} min on two quiet cores (at 8 updates; 12 take half as much more)",
+        f"take about {minutes:.0f} min on two quiet cores (at 8 updates; 12: half as much more)",
         flush=True,
     )
     folder.mkdir(parents=True, exist_ok=True)
