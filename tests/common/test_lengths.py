@@ -13,25 +13,25 @@ from tests.common.test_data import say
 
 
 def test_lengths_by_hand():
-    tokenizer = train_characters(["abc"])
-    # <bos><user> _ a a <eos><assistant> _ b b b <eos>: 12 tokens, the answer begins at index 7
+    tokenizer = train_characters(["abc\n"])
+    # <bos><user> _ a a \n \n <assistant> _ b b b <eos>: 13 tokens, the answer begins at index 8
     rows = [say("u: aa", "a: bbb"), say("u: aa", "a: bbb", "u: c", "a: c"), say("u: a", "a: b")]
     rows = Dataset.from_list([{"messages": row} for row in rows])
-    report = measure_lengths(rows, tokenizer, 12)
-    assert (report.rows, report.tokens, report.longest) == (3, 12 + 20 + 9, 20)
-    assert (report.truncated, report.tokens_cut, report.unanswered) == (1, 8, 0)
-    assert measure_lengths(rows, tokenizer, 8).unanswered == 0
-    assert measure_lengths(rows, tokenizer, 7).unanswered == 2
+    report = measure_lengths(rows, tokenizer, 13)
+    assert (report.rows, report.tokens, report.longest) == (3, 13 + 22 + 10, 22)
+    assert (report.truncated, report.tokens_cut, report.unanswered) == (1, 9, 0)
+    assert measure_lengths(rows, tokenizer, 9).unanswered == 0
+    assert measure_lengths(rows, tokenizer, 8).unanswered == 2
     assert str(report) == (
-        "3 rows, 41 tokens, longest 20; max_length 12 cuts 1 rows and 8 tokens, "
+        "3 rows, 45 tokens, longest 22; max_length 13 cuts 1 rows and 9 tokens, "
         "and leaves 0 rows without any answer"
     )
     pair = {"prompt": say("u: aa"), "chosen": say("a: bbb"), "rejected": say("a: b")}
-    report = measure_lengths(Dataset.from_list([pair]), tokenizer, 7)
-    assert (report.tokens, report.longest, report.truncated) == (22, 12, 1)
+    report = measure_lengths(Dataset.from_list([pair]), tokenizer, 8)
+    assert (report.tokens, report.longest, report.truncated) == (24, 13, 1)
     assert (report.tokens_cut, report.unanswered) == (8, 1)
-    report = measure_lengths(Dataset.from_list([{"prompt": say("u: aa")}]), tokenizer, 7)
-    assert (report.tokens, report.truncated, report.unanswered) == (7, 0, 1)
+    report = measure_lengths(Dataset.from_list([{"prompt": say("u: aa")}]), tokenizer, 8)
+    assert (report.tokens, report.truncated, report.unanswered) == (8, 0, 1)
     report = measure_lengths(Dataset.from_list([{"text": "abc"}]), tokenizer, 2)
     assert (report.tokens, report.tokens_cut, report.unanswered) == (3, 1, 0)
 
@@ -87,11 +87,11 @@ def test_histogram_by_hand():
 
 
 def test_prompts_that_leave_room_for_an_answer(tmp_path: Path) -> None:
-    """<bos><user> _ a a <eos><assistant> are 7 tokens. Broken by forgetting the answer's room."""
-    AutoConfig.for_model("gpt2", max_position_embeddings=16).save_pretrained(tmp_path)
+    """<bos><user> _ a a \\n \\n <assistant> are 8. Broken by forgetting the answer's room."""
+    AutoConfig.for_model("gpt2", max_position_embeddings=17).save_pretrained(tmp_path)
     prompts = Dataset.from_list([{"prompt": say(f"u: {'a' * n}")} for n in (2, 6, 3)])
-    tokenizer = train_characters(["abc"])
+    tokenizer = train_characters(["abc\n"])
     kept = keep_answerable(prompts, tokenizer, tmp_path, 8)
     assert [row["prompt"][0]["content"] for row in kept] == ["aa", "aaa"]
-    with pytest.raises(UserError, match=r"none of 3 prompts leaves 10 tokens .*context \(16\)"):
+    with pytest.raises(UserError, match=r"none of 3 prompts leaves 10 tokens .*context \(17\)"):
         keep_answerable(prompts, tokenizer, tmp_path, 10)
