@@ -171,9 +171,8 @@ def _feast(realm: Realm, person: Person, dice: Dice) -> str:
 def _feud(realm: Realm, person: Person, dice: Dice) -> str:
     """Two people and something in which they differ."""
     words = load_grammar()["chronicle"]["feud"]
-    causes = {rival.name: _differences(person, rival) for rival in realm.people.values()}
-    rival = realm.people[dice.pick([name for name, found in causes.items() if found])]
-    relation = dice.pick(causes[rival.name])
+    rival = dice.pick([other for other in realm.people.values() if _differences(person, other)])
+    relation = dice.pick(_differences(person, rival))
     slots = {"a": person.name, "b": rival.name}
     cause = expand(
         dice.pick(words["causes"][relation]),
@@ -189,8 +188,8 @@ def _feud(realm: Realm, person: Person, dice: Dice) -> str:
 def _differences(one: Person, other: Person) -> list[str]:
     """What two can be at feud over: told of both, and not the same."""
     causes = load_grammar()["chronicle"]["feud"]["causes"]
-    both = [r for r in causes if r in one.facts and r in other.facts]
-    return [r for r in both if one.facts[r] != other.facts[r]]
+    both = one.facts.keys() & other.facts.keys()
+    return [r for r in causes if r in both and one.facts[r] != other.facts[r]]
 
 
 def _scene(realm: Realm, person: Person, dice: Dice) -> str:
