@@ -1,4 +1,4 @@
-"""The training loop when numbers go wrong."""
+"""The training loop when something goes wrong: numbers, a kill, no compiler."""
 
 from dataclasses import replace
 from pathlib import Path

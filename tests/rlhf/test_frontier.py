@@ -96,8 +96,8 @@ def test_which_runs() -> None:
     commands = plan_runs(config)
     assert list(commands) == ["ppo_0.03_0", "ppo_1_0", "best_of_n", "ppo_0.03_7", "ppo_1_7"]
     text = " ".join(commands["ppo_0.03_7"])
-    assert "-m rlhf --method ppo --seed 7 --best_of 0 --beta 0.03 --config" in text
-    assert "--config configs/arden/rlhf.yaml" in text
+    settings = "--method ppo --seed 7 --best_of 0 --beta 0.03"
+    assert f"-m rlhf {settings} --config configs/arden/rlhf.yaml" in text
     assert "--output_dir out/arden/frontier/ppo_0.03_7" in text
     assert "-m rlhf.best_of_n" in " ".join(commands["best_of_n"])
     assert "num_updates" not in text
