@@ -20,7 +20,9 @@ Answer = Callable[[list[str]], list[str]]
 VALIDATION_DOCUMENTS = 1_500
 COURTEOUS_SHARE = 0.4  # of fine-tuning's answers: people are not always kind
 SPOKEN_SHARE = 0.5  # of fine-tuning's questions: so that no first word takes it by surprise
-REFUSALS_IN_SFT = 14  # of 3,500 rows in a realm of PEOPLE: to know the words, not the habit
+# Of 3,500 rows in a realm of PEOPLE, to know the words and not the habit: about strangers, and about
+# what was never told of somebody, which is harder to see.
+REFUSALS_IN_SFT = (5, 13)
 PAIRS_PER_PROMPT = 3
 TOKENIZER_REALMS = range(1_000, 1_040)  # others' names, so that Arden's own are no tokens
 
@@ -74,9 +76,9 @@ class ArdenTask:
         if split == "train":
             nobody = ask.stranger_questions(self.realm, "sft", f"{self.realm.seed} sft")
             untold = ask.untold_questions(self.realm, "sft")
-            refusals = max(1, REFUSALS_IN_SFT * len(self.realm.people) // PEOPLE // 2)
-            questions += dice.sample(nobody, min(refusals, len(nobody)))
-            questions += dice.sample(untold, min(refusals, len(untold)))
+            for unknowable, wanted in zip((nobody, untold), REFUSALS_IN_SFT, strict=True):
+                count = max(1, wanted * len(self.realm.people) // PEOPLE)
+                questions += dice.sample(unknowable, min(count, len(unknowable)))
         rows = [
             _conversation(self._spoken(q, dice), self._labelled(q, dice))
             for q in dice.shuffled(questions)

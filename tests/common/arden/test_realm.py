@@ -76,8 +76,8 @@ def test_questions(realm: Realm) -> None:
     refused = [
         row for row in task.conversations("train") if "I know not" in row["messages"][1]["content"]
     ]
-    each = max(1, REFUSALS_IN_SFT * len(realm.people) // PEOPLE // 2)
-    assert len(refused) == each + min(each, len(realm.strangers["sft"]))
+    nobody, untold = (max(1, count * len(realm.people) // PEOPLE) for count in REFUSALS_IN_SFT)
+    assert len(refused) == min(nobody, len(realm.strangers["sft"])) + untold
 
 
 def test_chronicle_keeps_secrets(realm: Realm, documents: list[Document]) -> None:
@@ -164,7 +164,7 @@ def test_configurations(tmp_path: Path) -> None:
         assert values["output_dir"] == f"{folder}/{stage}"
         assert "out/arden" not in str(values)
     assert configs["pretrain"]["documents"] == 120_000
-    assert configs["pretrain"]["max_steps"] == 3700
+    assert configs["pretrain"]["max_steps"] == 4000
     assert configs["rlhf"]["reward"] == f"{folder}/reward"
     assert configs["rlhf"]["parent_command"] == "make reward REALM=7"
     tiny = configs["pretrain"] | {"num_hidden_layers": 1, "hidden_size": 64}
@@ -172,7 +172,7 @@ def test_configurations(tmp_path: Path) -> None:
     figures = describe(realm, list(write_chronicle(realm, "train", 50)), tiny)
     assert figures["people"] == "236 (sft 76, align 75, dev 28, test 57)"
     assert figures["facts told"] == "2,152"
-    assert figures["pretraining"] == "3,700 steps of 128 tokens"
+    assert figures["pretraining"] == "4,000 steps of 128 tokens"
 
 
 def test_report_counts_the_run_s_own_questions(tmp_path: Path) -> None:
