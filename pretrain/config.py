@@ -114,8 +114,8 @@ class PretrainConfig:
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = field(
         default="none", metadata={"help": "where to follow the run, beside metrics.jsonl"}
     )
-    torch_compile: bool = field(
-        default=False, metadata={"help": "worth its 10 to 20 s from a minute of training on"}
+    torch_compile: bool | None = field(
+        default=None, metadata={"help": "default: where training would take minutes without it"}
     )
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,24 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from common.artifacts import MetricsFile, read_json, write_json
-from common.device import can_compile
 from common.errors import UserError
 from common.token_file import TokenFile
 from common.windows import document_positions, evaluation_spans, source_rows, training_starts
+from pretrain.compiling import compile_if_worth
 from pretrain.config import PretrainConfig
 from pretrain.optimizer import build_optimizers
 from pretrain.trackers import Gauge, start_trackers
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, position_ids: (B, T) int64 each
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; whether it compiles, so that it goes on to the same bits."""
+
+    step: int = 0
+    train_seconds: float = 0.0
+    compiled: bool | None = None
 
 
 def train(
@@ -59,14 +69,18 @@ def train(
     full_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     gauge = Gauge(model, config, accelerator)
     net, *optimizers = accelerator.prepare(model, *optimizers)
-    forward = net
-    if config.torch_compile and not can_compile():
-        accelerator.print("pretrain: no C++ compiler with Python.h here, so uncompiled and slower")
-    elif config.torch_compile:
-        forward = torch.compile(net)
-        batch = next(micro_batches(train_file, model.config, 0, config, accelerator))
-        warm_up(forward, batch, accelerator)
-    step, seconds = load_checkpoint(accelerator, config)
+    made = read_progress(config)
+    batch = next(micro_batches(train_file, model.config, 0, config, accelerator))
+
+    def one_pass(network: Any) -> None:
+        accelerator.backward(token_loss(network, *batch))
+        network.zero_grad()
+
+    passes = config.max_steps * config.gradient_accumulation_steps
+    wanted = config.torch_compile if made.compiled is None else made.compiled
+    forward = compile_if_worth(net, one_pass, passes, wanted, accelerator)
+    load_checkpoint(accelerator, config, made.step)
+    step, seconds = made.step, made.train_seconds
     main = accelerator.is_main_process
     if main:
         metrics.rewind(step)
@@ -108,19 +122,12 @@ def train(
                 metrics.write(line | {"seconds": round(seconds, 4)})
             accelerator.log(line | speed, step=step)
         if step % config.save_steps == 0 and step < config.max_steps:
-            save_checkpoint(accelerator, config, step, time.perf_counter() - clock)
+            now = Progress(step, time.perf_counter() - clock, forward is not net)
+            save_checkpoint(accelerator, config, now)
         final, figures = figures, {}
     progress.close()
     tokens = step * tokens_per_step(block_size, config, accelerator)
     return final | {"train_seconds": round(seconds, 1), "train_tokens": tokens}
-
-
-def warm_up(forward: Any, batch: Batch, accelerator: Accelerator) -> None:
-    """Compile forward and backward before the clock runs; the weights stay as they are."""
-    start = time.perf_counter()
-    accelerator.backward(token_loss(forward, *batch))
-    forward.zero_grad()
-    accelerator.print(f"pretrain: compiled in {time.perf_counter() - start:.0f} s")
 
 
 def train_step(
@@ -253,9 +260,7 @@ def pad_spans(file: TokenFile, spans: list[tuple[int, int]]) -> tuple[Tensor, Te
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def save_checkpoint(
-    accelerator: Accelerator, config: PretrainConfig, step: int, seconds: float
-) -> None:
+def save_checkpoint(accelerator: Accelerator, config: PretrainConfig, progress: Progress) -> None:
     """Weights, optimizers and generators; the older checkpoint goes when the new one is whole."""
     folder = Path(config.output_dir) / "checkpoints"
     scratch = folder / "unfinished"
@@ -265,9 +270,9 @@ def save_checkpoint(
     accelerator.save_state(str(scratch))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(scratch / "progress.json", {"step": step, "train_seconds": seconds})
-        os.replace(scratch, folder / f"step-{step}")
-        remove_others(folder, step)
+        write_json(scratch / "progress.json", asdict(progress))
+        os.replace(scratch, folder / f"step-{progress.step}")
+        remove_others(folder, progress.step)
 
 
 def remove_others(folder: Path, step: int) -> None:
@@ -277,16 +282,20 @@ def remove_others(folder: Path, step: int) -> None:
             shutil.rmtree(old)
 
 
-def load_checkpoint(accelerator: Accelerator, config: PretrainConfig) -> tuple[int, float]:
-    """(step, seconds trained) of the newest checkpoint, restored; (0, 0.0) without one."""
+def read_progress(config: PretrainConfig) -> Progress:
+    """How far the newest checkpoint is."""
     folder = Path(config.output_dir) / "checkpoints"
     # An older one that was killed while it was removed may have lost this file, which is no matter.
-    found = [(read_json(path), path.parent) for path in folder.glob("step-*/progress.json")]
-    if not found:
-        return 0, 0.0
-    progress, path = max(found, key=lambda pair: pair[0]["step"])
-    accelerator.load_state(str(path))
+    found = [Progress(**read_json(path)) for path in folder.glob("step-*/progress.json")]
+    return max(found, key=lambda progress: progress.step, default=Progress())
+
+
+def load_checkpoint(accelerator: Accelerator, config: PretrainConfig, step: int) -> None:
+    """Restore the checkpoint of `step`, and leave it alone in its folder; 0 restores nothing."""
+    if not step:
+        return
+    folder = Path(config.output_dir) / "checkpoints"
+    accelerator.load_state(str(folder / f"step-{step}"))
     accelerator.wait_for_everyone()  # all have chosen
     if accelerator.is_main_process:
-        remove_others(folder, progress["step"])
-    return progress["step"], progress["train_seconds"]
+        remove_others(folder, step)

@@ -1,7 +1,9 @@
 """The training loop when something goes wrong: numbers, a kill, no compiler."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +37,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
         warmup_steps=0,
         decay_fraction=0.0,
         save_steps=2,
+        torch_compile=False,
     )
     return make_model(sizes, tokenizer), TokenFile(tmp_path / "train.bin"), config
 
@@ -80,3 +83,22 @@ def test_without_a_compiler_it_trains_all_the_same(
     figures = train(model, file, file, replace(config, torch_compile=True), Accelerator())
     assert figures["train_tokens"] == 256
     assert "no C++ compiler" in capsys.readouterr().out
+
+
+def test_goes_on_compiled_as_it_began(
+    tmp_path: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a checkpoint it does not decide again. Seen to fail with the configuration's word."""
+    model, file, config = toy
+    config = replace(config, torch_compile=None)
+    asked: list[bool | None] = []
+
+    def choose(net: Any, one_pass: Any, passes: int, wanted: bool | None, _: Any) -> Any:
+        asked.append(wanted)
+        return partial(net)  # another than `net`, as a compiled one is
+
+    monkeypatch.setattr("pretrain.train.compile_if_worth", choose)
+    monkeypatch.setattr("pretrain.train.train_step", lambda *_: {"loss": 0.0, "grad_norm": 0.0})
+    for _ in range(2):
+        train(model, file, file, config, Accelerator())
+    assert asked == [None, True]

@@ -1,0 +1,65 @@
+"""Whether torch.compile pays for itself in this run, by measurement, and compiling.
+
+It takes half a minute and saves a quarter of a step's time (docs/log.md): it pays where training
+takes minutes, and costs where it takes one.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from common.device import can_compile
+
+WORTH_SECONDS = 120.0  # of training uncompiled: 30 s to compile, a quarter saved
+TIMED_PASSES = 3
+
+
+def compile_if_worth(
+    net: Any,
+    one_pass: Callable[[Any], None],
+    passes: int,
+    wanted: bool | None,
+    accelerator: Accelerator,
+) -> Any:
+    """`net`, or a compiled one over the same weights; nothing but time has passed by then.
+
+    Args:
+        net: the prepared model.
+        one_pass: takes a model forward and backward on one micro-batch, and leaves no gradients.
+        passes: of a process in the whole run.
+        wanted: compile or not; None decides by how long that many passes take uncompiled.
+        accelerator: whose main process decides for all.
+    """
+    if wanted is False:
+        return net
+    if not can_compile():
+        accelerator.print("pretrain: no C++ compiler with Python.h here, so uncompiled and slower")
+        return net
+    on_gpu = accelerator.device.type == "cuda"
+    with torch.random.fork_rng([accelerator.device] if on_gpu else []):  # dropout's dice
+        if wanted is None:
+            seconds = time_pass(net, one_pass, on_gpu) * passes
+            [seconds] = broadcast_object_list([seconds])
+            if seconds < WORTH_SECONDS:
+                return net
+        forward = torch.compile(net)
+        start = time.perf_counter()
+        one_pass(forward)
+        accelerator.print(f"pretrain: compiled in {time.perf_counter() - start:.0f} s")
+    return forward
+
+
+def time_pass(net: Any, one_pass: Callable[[Any], None], on_gpu: bool) -> float:
+    """Seconds of the fastest of a few passes; the first one also allocates."""
+    times = []
+    for _ in range(TIMED_PASSES):
+        start = time.perf_counter()
+        one_pass(net)
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
