@@ -61,7 +61,7 @@ def main() -> None:
         print(f"{stage.output.path} is finished; --overwrite true to train it anew")
         return
     tokenizer = load_tokenizer(stage.parent)
-    rewards = load_rewards(config, stage.task, stage.parent, tokenizer)
+    rewards = load_rewards(config, stage.task, stage.parent, tokenizer, args.device)
     weights = weigh(config.reward_names, args.reward_weights)
     policy = AutoModelForCausalLM.from_pretrained(stage.parent).to(args.device)
     if args.ptx_coef:  # refused now, if it is not the policy's text, and not after measuring
@@ -79,7 +79,7 @@ def main() -> None:
     if folders and std > 0:  # a function's scale is its author's
         args.score_mean, args.score_std = mean, std
     evaluates = args.eval_strategy != "no"
-    prompts = align_prompts(stage, tokenizer, config, "align", config.prompts)
+    prompts = align_prompts(stage.task, stage.parent, tokenizer, config, "align", config.prompts)
     if args.process_index == 0:
         room = f"{config.max_new_tokens} tokens of answer"
         print(f"rlhf: {len(prompts):,} prompts leave room for {room}")
@@ -89,7 +89,9 @@ def main() -> None:
         args,
         model=str(stage.parent),
         train_dataset=prompts,
-        eval_dataset=align_prompts(stage, tokenizer, config, "dev", config.eval_prompts)
+        eval_dataset=align_prompts(
+            stage.task, stage.parent, tokenizer, config, "dev", config.eval_prompts
+        )
         if evaluates
         else None,
         processing_class=tokenizer,

@@ -19,7 +19,7 @@ from common.artifacts import require_go, require_parent, require_same_tokenizer
 from common.errors import UserError
 from common.generation import draw_chats
 from common.lengths import keep_answerable
-from common.stage import DataConfig, Stage
+from common.stage import DataConfig
 from common.tasks import Task
 from rlhf.ensemble import Ensemble
 from rlhf.methods import METHODS
@@ -80,7 +80,9 @@ class AlignConfig(DataConfig):
         return ["ensemble"] if self.disagreement_penalty else self.reward
 
 
-def load_reward(name: str, task: Task, parent: Path, config: AlignConfig) -> Any:
+def load_reward(
+    name: str, task: Task, parent: Path, config: AlignConfig, device: torch.device
+) -> Any:
     """A reward model, on the policy's tokenizer, or a function."""
     if name == "judge":
         if not isinstance(task, ArdenTask):
@@ -91,32 +93,44 @@ def load_reward(name: str, task: Task, parent: Path, config: AlignConfig) -> Any
     path = require_parent(name, config.parent_command)
     require_go(path, config.allow_no_go)
     require_same_tokenizer(parent, path)
-    return AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    return model.to(device)
 
 
 def load_rewards(
-    config: AlignConfig, task: Task, parent: Path, tokenizer: PreTrainedTokenizerFast
+    config: AlignConfig,
+    task: Task,
+    parent: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device,
 ) -> list[Any]:
-    """Every reward of the configuration; with a penalty on disagreement one `Ensemble` of them.
+    """Every reward of the configuration, models on `device`; with a penalty on disagreement one
+    `Ensemble` of them.
 
     Its members are centred on answers drawn from the parent, to prompts that it will train on.
     """
-    rewards = [load_reward(name, task, parent, config) for name in config.reward]
+    rewards = [load_reward(name, task, parent, config, device) for name in config.reward]
     if not config.disagreement_penalty:
         return rewards
     ensemble = Ensemble(rewards, config.disagreement_penalty, [0.0] * len(rewards))
-    prompts = task.prompt_rows("align", config.eval_prompts)["prompt"]
-    policy = AutoModelForCausalLM.from_pretrained(parent)
-    ensemble.centre(tokenizer, draw_chats(policy, tokenizer, prompts, config.max_new_tokens))
+    rows = align_prompts(task, parent, tokenizer, config, "align", config.eval_prompts)
+    policy: Any = AutoModelForCausalLM.from_pretrained(parent)
+    chats = draw_chats(policy.to(device), tokenizer, list(rows["prompt"]), config.max_new_tokens)
+    ensemble.centre(tokenizer, chats)
     return [ensemble]
 
 
 def align_prompts(
-    stage: Stage, tokenizer: PreTrainedTokenizerFast, config: AlignConfig, split: str, count: int
+    task: Task,
+    parent: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    config: AlignConfig,
+    split: str,
+    count: int,
 ) -> Dataset:
-    """`count` of the task's prompts, less those that leave no room for an answer."""
-    prompts = stage.task.prompt_rows(split, count)
-    return keep_answerable(prompts, tokenizer, stage.parent, config.max_new_tokens)
+    """`count` of the task's prompts, less those that leave the parent no room for an answer."""
+    prompts = task.prompt_rows(split, count)
+    return keep_answerable(prompts, tokenizer, parent, config.max_new_tokens)
 
 
 def lora(rank: int) -> LoraConfig | None:

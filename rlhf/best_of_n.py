@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.generation import answered
 from common.stage import TRAINER_DEFAULTS, open_task, print_figures
 from common.tokenizer import load_tokenizer
-from rlhf.align import AlignConfig, load_rewards
+from rlhf.align import AlignConfig, align_prompts, load_rewards
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
 from rlhf.measure import SHORT_NAMES, gold
@@ -62,16 +62,18 @@ def main() -> None:
     parent = require_parent(config.model_name_or_path, config.parent_command)
     task = open_task(config)
     tokenizer = load_tokenizer(parent)
-    rewards = load_rewards(config, task, parent, tokenizer)
+    rewards = load_rewards(config, task, parent, tokenizer, args.device)
     weights = weigh(config.reward_names, args.reward_weights)
     chooser = Chooser(
-        AutoModelForCausalLM.from_pretrained(parent),
+        AutoModelForCausalLM.from_pretrained(parent).to(args.device),
         tokenizer,
         lambda chats: score_answers(rewards, weights, tokenizer, chats),
         max(best_of.n),
         args.max_completion_length,
     )
-    prompts = task.prompt_rows(config.evaluate_on, config.eval_prompts)["prompt"]
+    config.max_new_tokens = args.max_completion_length
+    measured_on = config.evaluate_on, config.eval_prompts
+    prompts = list(align_prompts(task, parent, tokenizer, config, *measured_on)["prompt"])
     rows = []
     for n in sorted(best_of.n):
 

@@ -27,6 +27,14 @@ def gold(task: ArdenTask, chats: list[Chat]) -> float:
     )
 
 
+def measured_prompts(
+    stage: Stage, tokenizer: PreTrainedTokenizerFast, config: AlignConfig
+) -> list[Chat]:
+    """The prompts that score, KL and gold are measured on."""
+    wanted = config.evaluate_on, config.eval_prompts
+    return list(align_prompts(stage.task, stage.parent, tokenizer, config, *wanted)["prompt"])
+
+
 def measure_best_of(
     n: int,
     model: PreTrainedModel,
@@ -40,8 +48,7 @@ def measure_best_of(
     Returns:
         `score_best_of_<n>`, and on Arden `gold_best_of_<n>`.
     """
-    rows = align_prompts(stage, tokenizer, config, config.evaluate_on, config.eval_prompts)
-    prompts = rows["prompt"]
+    prompts = measured_prompts(stage, tokenizer, config)
     chooser = Chooser(model, tokenizer, score, n, config.max_new_tokens)
     best = chooser.best(prompts, n)
     figures = {f"score_best_of_{n}": statistics.fmean(value for _, value in best)}
@@ -85,8 +92,7 @@ def measure(
         measured = stage.task.measure(answer_at(temperature), config.evaluate_on)
         for name, value in measured.items():
             figures[SHORT_NAMES.get(name, name) + ending] = value
-    rows = align_prompts(stage, tokenizer, config, config.evaluate_on, config.eval_prompts)
-    prompts = rows["prompt"]
+    prompts = measured_prompts(stage, tokenizer, config)
     chats = draw_chats(model, tokenizer, prompts, config.max_new_tokens)
     if isinstance(stage.task, ArdenTask):
         figures["gold_drawn"] = gold(stage.task, chats)

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import build_tokenizer, save_reward_model
+from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 from common.errors import UserError
 from common.scoring import score_chats
-from rlhf.align import AlignConfig
+from rlhf.align import AlignConfig, load_rewards
 from rlhf.ensemble import Ensemble
 from rlhf.rewards import score_answers
 from rlhf.score import EnsembleScorer, as_function
@@ -54,6 +56,32 @@ def test_centring_takes_a_members_constant_off(paths: list[str]) -> None:
     torch.testing.assert_close(ensemble.combine(members), plain, atol=1e-4, rtol=0)
     ensemble.penalty = 0.0
     assert float(ensemble.combine(members).mean()) == pytest.approx(0, abs=1e-5)
+
+
+def test_centred_on_prompts_that_leave_room(
+    paths: list[str], policy_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PPO trains on them: one as long as the context is left out. Broken once: all drawn to."""
+    asked: list[Any] = []
+
+    def draw(policy: Any, tokenizer: Any, prompts: list[Any], most: int) -> list[Any]:
+        asked.extend(prompts)
+        return CHATS
+
+    monkeypatch.setattr("rlhf.align.draw_chats", draw)
+    monkeypatch.setattr("rlhf.align.require_go", lambda *_: None)
+    monkeypatch.setattr("rlhf.align.require_parent", lambda name, _: name)
+    monkeypatch.setattr("rlhf.align.require_same_tokenizer", lambda *_: None)
+    prompts = [[{"role": "user", "content": " ".join(["w4"] * n)}] for n in (3, 126)]
+    task: Any = SimpleNamespace(
+        prompt_rows=lambda *_: Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    )
+    config = AlignConfig(
+        model_name_or_path="x", data="x", reward=paths, disagreement_penalty=0.5, max_new_tokens=8
+    )
+    wanted = config, task, Path(policy_path), build_tokenizer(16), torch.device("cpu")
+    [ensemble] = load_rewards(*wanted)
+    assert asked == prompts[:1] and len(ensemble.members) == 3 and all(ensemble.offsets)
 
 
 def test_training_and_measuring_score_alike(paths: list[str]) -> None:

@@ -30,7 +30,7 @@ def test_best_of_n_is_judged_on_what_was_chosen(monkeypatch: pytest.MonkeyPatch)
         rlhf.measure, "align_prompts", lambda *_: task.prompt_rows("test", config.eval_prompts)
     )
     nothing: Any = None
-    stage: Any = SimpleNamespace(task=task)
+    stage: Any = SimpleNamespace(task=task, parent="x")
     figures = rlhf.measure.measure_best_of(16, nothing, nothing, nothing, stage, config)
     unknowable = sum(question.reference is None for question in task.prompts("test", 40))
     assert figures["score_best_of_16"] == 16.0
