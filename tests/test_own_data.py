@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from common.config import as_flags
 from tests.toy import save_toy
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -32,7 +33,7 @@ def run_stage(stage: str, tiny: Path, out: Path, data: Path, **more: Any) -> dic
     """Two steps of a stage of the `own` profile; its summary."""
     fields = {"model_name_or_path": tiny, "output_dir": out, "data": data, "max_steps": 2}
     fields |= {"per_device_train_batch_size": 4, "max_new_tokens": 8, "max_length": 1024} | more
-    flags = [str(part) for field, value in fields.items() for part in (f"--{field}", value)]
+    flags = as_flags(fields)
     command = [sys.executable, "-m", stage, "--config", f"configs/own/{stage}.yaml", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from common.config import as_flags
 from common.token_file import write_token_file
 from common.tokenizer import train_characters
 
@@ -71,7 +72,7 @@ def run_stage(
     """Run a stage of the arden profile with its parents and its output in `folder`."""
     fields = SHORT[stage] | {"output_dir": folder / (name or stage)}
     fields |= {field: folder / parent for field, parent in PARENTS[stage].items()} | more
-    flags = [str(part) for field, value in fields.items() for part in (f"--{field}", value)]
+    flags = as_flags(fields)
     launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
     launch += ["--num_processes", str(processes), "--main_process_port", "0"]
     command = [sys.executable, *(launch if processes > 1 else []), "-m", stage]

@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from common.config import as_flags
 from common.errors import UserError
 from common.mixture import Source
 from common.tasks import load_task
@@ -189,7 +190,7 @@ def run_stage(stage: str, folder: Path, *, processes: int = 1, **more: Any) -> s
     fields |= {field: folder / parent for field, parent in PARENTS[stage].items()}
     fields |= {"shards_dir": folder / "tokens"} if stage == "pretrain" else {}
     fields |= {"validation_fraction": 0.2} if stage != "pretrain" else {}
-    flags = [str(part) for name, value in (fields | more).items() for part in (f"--{name}", value)]
+    flags = as_flags(fields | more)
     launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
     launch += ["--num_processes", str(processes), "--main_process_port", "0"]
     command = [sys.executable, *(launch if processes > 1 else []), "-m", stage]

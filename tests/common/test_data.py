@@ -1,29 +1,14 @@
-"""Every shape of data that is read, and every fault that is named before training."""
+"""Every shape of a row that is read, and every fault of one that is named before training."""
 
-import csv
 import gzip
-import hashlib
 import json
-import os
 import re
-from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-from datasets import Dataset
 
-from common import readers
-from common.data import _NAMED, dataset_fingerprint, holdout, load_rows
+from common.data import load_rows
 from common.errors import UserError
-from common.lengths import measure_lengths
-from common.tokenizer import train_characters
-
-
-def say(*turns: str) -> list[dict[str, str]]:
-    """say("s: Be brief.", "u: Hi", "a: Ho") as messages."""
-    roles = {"s": "system", "u": "user", "a": "assistant"}
-    return [{"role": roles[turn[0]], "content": turn[3:]} for turn in turns]
+from tests.chats import UA, say, write_and_load
 
 
 def gpt(*turns: str) -> list[dict[str, str]]:
@@ -32,24 +17,9 @@ def gpt(*turns: str) -> list[dict[str, str]]:
     return [{"from": names[turn[0]], "value": turn[3:]} for turn in turns]
 
 
-UA = say("u: Hi", "a: Ho")
-
-
 @pytest.fixture
 def load(tmp_path):
-    """Writes rows to a file and loads it."""
-
-    def write_and_load(rows, name="rows.jsonl", **options):
-        path = tmp_path / name
-        if isinstance(rows, str):
-            path.write_text(rows, encoding="utf-8")
-        else:
-            lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        options.setdefault("format", "messages")
-        return load_rows(str(path), cache_dir=str(tmp_path / "cache"), **options)
-
-    return write_and_load
+    return write_and_load(tmp_path)
 
 
 MESSAGES = [
@@ -286,193 +256,3 @@ def test_faults_of_arguments(load, tmp_path):
     for source in ("gone.jsonl", "./gone", "/gone", "a/b/c", "gone.json.gz", ""):
         with pytest.raises(UserError, match="no such file or folder"):
             load_rows(source, format="text")
-
-
-def test_a_name_that_the_hub_does_not_give(monkeypatch):
-    calls = []
-
-    def load_dataset(*args, **options):
-        calls.append((args, options["split"]))
-        raise ConnectionError("no\nnetwork")
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"\(no network\); check name, config .* local file$"):
-        load_rows("some/name:main", format="text", split="test[:10]")
-    assert calls == [(("some/name", "main"), "test[:10]")]
-
-
-def test_a_name_that_the_hub_gives(monkeypatch, tmp_path):
-    hub = Dataset.from_list([{"question": "Hi", "answer": "Ho"}, {"question": "Hi", "answer": ""}])
-    options = {"format": "messages", "cache_dir": str(tmp_path)}
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: hub)
-    with pytest.raises(UserError, match=r'^some/name, row 2: "answer" is empty'):
-        load_rows("some/name", **options)
-    hub = hub.select([0])
-    assert load_rows("some/name", **options).to_list() == [{"messages": UA}]
-    hub = Dataset.from_list([{"question": "So", "answer": "No"}])  # it changed there
-    assert load_rows("some/name", **options).to_list() == [{"messages": say("u: So", "a: No")}]
-
-
-def test_every_kind_of_file(tmp_path, load):
-    rows = [{"question": "Hi, you", "answer": "NA"}, {"question": "2020-01-01", "answer": "7\n8"}]
-    expected = [{"messages": say(f"u: {r['question']}", f"a: {r['answer']}")} for r in rows]
-    assert load(rows).to_list() == expected
-    assert load(rows, "lines.json").to_list() == expected
-    assert load("\n " + json.dumps(rows, indent=1), "array.json").to_list() == expected
-    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["question", "answer"])
-        writer.writeheader()
-        writer.writerows(rows)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    for name in ("rows.csv", "rows.jsonl", "array.json"):
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
-    for name in ("rows.csv", "rows.parquet", "rows.csv.gz", "rows.jsonl.gz", "array.json.gz"):
-        source, cache = str(tmp_path / name), str(tmp_path / "cache")
-        assert load_rows(source, format="messages", cache_dir=cache).to_list() == expected, name
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.json", b'[{"text": "x"},\n {"text" 3}]', "not JSON (Expecting ':' delimiter, line 2)"),
-        ("a.json", b'["x"]', "row 1: is a str; expected an object with columns"),
-        ("a.csv", b"text,n\nx,1\ny,1,2\n", "row 2: more cells than columns"),
-        ("a.csv", b'text\n"x', "cannot be read (unexpected end of data)"),
-        ("a.csv", b"text\n", "no rows in it"),
-        ("a.parquet", b"PAR0", "cannot be read ("),
-        ("a.txt", b"\xff\xfe", "not UTF-8 (invalid start byte)"),
-        ("a.txt", b" \n", "no rows in it, or only empty ones"),
-        ("a.txt.gz", b"plain", "cannot be read (Not a gzipped file"),
-        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "cannot be read (Compressed file ended"),
-    ],
-)
-def test_damaged_files(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(message)) as error:
-        load_rows(str(tmp_path / name), format="text", cache_dir=str(tmp_path / "cache"))
-    assert name in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_txt_file_is_one_row_and_a_large_one_several(load, monkeypatch):
-    text = "One two,\n\nthree  four five. " * 30
-    assert load("\ufeff" + text, "book.txt", format="text").to_list() == [{"text": text}]
-    monkeypatch.setattr(readers, "TEXT_CHARS", 100)
-    rows = load(text, "other.txt", format="text")["text"]
-    assert "".join(rows) == text
-    assert len(rows) > 5
-    assert all(len(row) < 200 and row[0] in " O" for row in rows)
-
-
-def test_folders(tmp_path):
-    def loaded(**options):
-        options = {"format": "text", "cache_dir": str(tmp_path / "cache"), **options}
-        return load_rows(str(tmp_path / "d"), **options)["text"][:]
-
-    (tmp_path / "d").mkdir()
-    with pytest.raises(UserError, match='no files for split "train" in it; expected'):
-        loaded()
-    (tmp_path / "d" / "b.txt").write_text("B")
-    (tmp_path / "d" / "a.jsonl").write_text('{"text": "A"}\n')
-    (tmp_path / "d" / "README.md").write_text("not data")
-    (tmp_path / "d" / "validation.jsonl").write_text('{"text": "V"}\n')
-    assert loaded() == ["A", "B"]
-    assert loaded(split="validation") == ["V"]
-    with pytest.raises(UserError, match='no files for split "test"'):
-        loaded(split="test")
-    (tmp_path / "d" / "train-00000.txt").write_text("T")
-    assert loaded() == ["T"]
-    (tmp_path / "d" / "train-00001.jsonl").write_text('{"text": "T"}\n{"text": 2}')
-    with pytest.raises(UserError, match=r"train-00001.jsonl, row 2: \"text\" is 2"):
-        loaded()
-
-
-def test_a_changed_file_is_read_again(load, tmp_path):
-    assert load([{"text": "one"}], format="text")["text"][:] == ["one"]
-    assert load([{"text": "two"}], format="text")["text"][:] == ["two"]
-    rows = load([{"text": "two"}], format="text")
-    assert rows.cache_files and str(tmp_path) in rows.cache_files[0]["filename"]  # not in memory
-
-
-def test_holdout_parts_no_prompt(tmp_path):
-    answers = [(f"q{i % 20}", f"a{i}") for i in range(60)]  # three answers a question
-    rows = Dataset.from_list([{"messages": say(f"u: {q}", f"a: {a}")} for q, a in answers])
-    train, evaluation = holdout(rows, 0.1, seed=0)
-    assert (len(train), len(evaluation)) == (54, 6)
-    asked = [{row["messages"][0]["content"] for row in part} for part in (train, evaluation)]
-    assert not asked[0] & asked[1]
-    assert [int(r["messages"][1]["content"][1:]) for r in train] == sorted(
-        int(r["messages"][1]["content"][1:]) for r in train
-    )
-    assert holdout(rows, 0.1, seed=0)[1].to_list() == evaluation.to_list()
-    assert holdout(rows, 0.1, seed=1)[1].to_list() != evaluation.to_list()
-    prompts = Dataset.from_list([{"prompt": say(f"u: {i}")} for i in range(4)])
-    assert [len(part) for part in holdout(prompts, 0.5, seed=0)] == [2, 2]
-    texts = Dataset.from_list([{"text": str(i)} for i in range(4)])
-    for fraction in (0, 0.01, 1, 1.5):
-        with pytest.raises(UserError, match="leaves a part empty"):
-            holdout(texts, fraction, seed=0)
-
-
-def test_fingerprints(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"one")
-    one = hashlib.sha256(b"one").hexdigest()
-    assert dataset_fingerprint(tmp_path / "a.txt") == one
-    folder = dataset_fingerprint(str(tmp_path))
-    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
-    assert dataset_fingerprint(tmp_path) != folder
-    rows = Dataset.from_list([{"text": "x"}, {"text": "y"}])
-    assert dataset_fingerprint(rows) == dataset_fingerprint(rows.select([1, 0]).select([1, 0]))
-    assert dataset_fingerprint(rows) != dataset_fingerprint(rows.select([1, 0]))
-    with pytest.raises(UserError, match="no such file"):
-        dataset_fingerprint(tmp_path / "gone")
-
-
-@pytest.mark.parametrize(
-    ("name", "format", "rows"),
-    [
-        ("alpaca_en_1k.json", "messages", 999),
-        ("alpaca_en_1k.json", "prompt", 999),
-        ("gsm8k_train.jsonl", "messages", 7473),
-        ("preferences_en_300.json", "preference", 300),
-        ("web_c4_sample.jsonl", "text", 300),
-        ("tinyshakespeare.txt", "text", 1),
-    ],
-)
-def test_real_files(name, format, rows, tmp_path):
-    folder = os.environ.get("FOLIO_TEST_DATA")
-    if not folder:
-        pytest.skip("FOLIO_TEST_DATA names no folder with the real data")
-    data = load_rows(str(Path(folder) / name), format=format, cache_dir=str(tmp_path))
-    assert len(data) == rows
-    if name == "tinyshakespeare.txt":
-        assert len(data[0]["text"]) == 1_115_394
-    if name == "preferences_en_300.json":
-        tokenizer = train_characters(["abc"])
-        report = measure_lengths(data.select(range(20)), tokenizer, 200)
-        assert 0 < report.truncated <= 20
-
-
-def test_faulty_rows_are_skipped_and_named(load, tmp_path, capsys):
-    """Two of four rows are wrong: skipped and named, also from the cache; with room for one
-    refused. Broken by leaving `skip` out of the cache's key: the last two loads then let both pass.
-    Broken by counting one more, and by a first row that is wrong as the end."""
-    good = [{"prompt": "Hi", "completion": "Ho"}, {"prompt": "So", "completion": "No"}]
-    rows = [{"prompt": "Hi"}, good[0], '{"prompt": ', good[1]]
-    expected = [{"messages": UA}, {"messages": say("u: So", "a: No")}]
-    assert load(rows, skip=2).to_list() == expected
-    named = capsys.readouterr().err
-    assert 'row 1: "completion" is missing' in named and "row 3: not JSON (" in named
-    assert "rows.jsonl: 2 faulty rows skipped" in named
-
-    def again(skip):
-        options = {"format": "messages", "cache_dir": str(tmp_path / "cache")}
-        return load_rows(str(tmp_path / "rows.jsonl"), skip=skip, **options)
-
-    _NAMED.clear()  # as in another process
-    assert again(skip=2).to_list() == expected
-    assert "row 3: not JSON (" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"row 3: not JSON .*more than skip_faulty_rows \(1\)"):
-        again(skip=1)
-    with pytest.raises(UserError, match=r'row 1: "completion" is missing'):
-        again(skip=0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.config import as_flags
 from common.tokenizer import train_bpe
 from pretrain.__main__ import make_model
 from pretrain.config import ModelConfig
@@ -64,7 +65,7 @@ def test_goes_on_from_plain_transformers(kind: str, tmp_path: Path) -> None:
 
     fields = {"model_name_or_path": folder, "tokenizer": folder, "data": text, "max_steps": 20}
     fields |= {"output_dir": output, "logging_steps": 1, "per_device_train_batch_size": 4}
-    flags = [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
+    flags = as_flags(fields)
     subprocess.run([sys.executable, "-m", "pretrain", *flags], check=True, env=ENVIRONMENT)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] - 1

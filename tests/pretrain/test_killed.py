@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common.config import as_flags
+
 ROOT = Path(__file__).parents[2]
 KILLS = 20
 FIELDS = {
@@ -47,7 +49,7 @@ def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
     text = tmp_path / "play.txt"
     speech = "FIRST:\nthe cat sat on mat {0}.\n\nSECOND:\nthe dog sat on log {0}.\n\n"
     text.write_text("".join(speech.format(n) for n in range(200)), encoding="utf-8")
-    flags = [str(part) for k, v in (FIELDS | {"data": text}).items() for part in (f"--{k}", v)]
+    flags = as_flags(FIELDS | {"data": text})
     command = [
         sys.executable,
         str(ROOT / "tests/pretrain/kills.py"),

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from common.config import as_flags
+
 TINY = {
     "data": "arden",
     "documents": 400,
@@ -32,7 +34,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def command(output: Path, *, processes: int = 1, **fields: object) -> list[str]:
     values = TINY | {"output_dir": output} | fields
-    flags = [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+    flags = as_flags(values)
     launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
     launch += ["--num_processes", str(processes), "--main_process_port", "0"]
     return [sys.executable, *(launch if processes > 1 else []), "-m", "pretrain", *flags]

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig
 
-from common.config import parse_config
+from common.config import as_flags, parse_config
 from common.errors import UserError
 from common.scoring import score_chats
 from common.tasks import load_task
@@ -79,7 +79,7 @@ def test_a_reward_model_ranks_all_pairs(toy: Path) -> None:
 
 def configure(toy: Path, data: Path, **fields: Any) -> RankingConfig:
     given = {"model_name_or_path": toy / "policy", "data": data, "max_new_tokens": 4} | fields
-    flags = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    flags = as_flags(given)
     return parse_config(RankingConfig, args=flags)[0]
 
 
