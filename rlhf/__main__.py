@@ -23,6 +23,7 @@ from common.artifacts import MetricsFile
 from common.batches import Chat
 from common.config import parse_config, run
 from common.generation import generate_answers
+from common.pretraining_text import PretrainingText
 from common.stage import (
     TRAINER_DEFAULTS,
     Stage,
@@ -39,7 +40,6 @@ from rlhf.critic import plain_policy
 from rlhf.invariants import BrokenInvariant
 from rlhf.measure import measure, measure_best_of
 from rlhf.methods import build_trainer
-from rlhf.ptx import PretrainingText
 from rlhf.rewards import hash_function, is_function, score_answers, weigh
 
 

@@ -23,6 +23,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import use_adapter
 
 from common.errors import UserError
+from common.pretraining_text import PretrainingText
 from rlhf.config import PPOConfig
 from rlhf.critic import (
     Critic,
@@ -38,7 +39,6 @@ from rlhf.critic import (
     token_logprobs,
 )
 from rlhf.prompts import check_inputs
-from rlhf.ptx import PretrainingText
 from rlhf.score import RewardFunc, TokenScorer, as_function, turn_suffix
 
 VALUE_MODEL = "value_model"

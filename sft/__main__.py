@@ -10,6 +10,9 @@ model like any other.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
@@ -18,8 +21,10 @@ from trl import SFTConfig, SFTTrainer
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import MetricsFile
 from common.config import parse_config, run
+from common.errors import UserError
 from common.generation import generate_answers
 from common.lengths import measure_lengths
+from common.pretraining_text import PretrainingText
 from common.stage import (
     TRAINER_DEFAULTS,
     LabelledDataConfig,
@@ -29,9 +34,11 @@ from common.stage import (
     print_figures,
     train_or_resume,
 )
+from common.token_file import TokenFile
 from common.tokenizer import load_tokenizer
 from sft.role_tokens import start_role_tokens
 from sft.template import check_template
+from sft.trainer import ReplaySFTTrainer
 
 
 @dataclass
@@ -47,6 +54,24 @@ class FineTuneConfig(LabelledDataConfig):
             "has never read any (not for a model that has chatted); default: as they are"
         },
     )
+
+    ptx_coef: float = field(
+        default=0.0,
+        metadata={"help": "weight of the loss on the text of pretraining beside; 0: without"},
+    )
+    ptx_data: str | None = field(
+        default=None, metadata={"help": "its token file; default: the parent's data/train.bin"}
+    )
+    ptx_windows: int = field(
+        default=1, metadata={"help": "windows of that text to an optimizer step, of all processes"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.ptx_coef < 0 or self.ptx_windows < 1:
+            raise UserError(
+                f"ptx_coef ({self.ptx_coef:g}) must not be below 0, ptx_windows "
+                f"({self.ptx_windows}) not below 1"
+            )
 
     def lora(self) -> LoraConfig | None:
         """For the trainer; None trains all weights."""
@@ -66,7 +91,9 @@ def main() -> None:
         FineTuneConfig, SFTConfig, defaults=TRAINER_DEFAULTS | {"assistant_only_loss": True}
     )
     callbacks = early_stopping(config.early_stopping_patience, args)
-    stage = open_stage(config, args)
+    text = Path(config.ptx_data or Path(config.model_name_or_path, "data", "train.bin"))
+    hashes = {"ptx_data": TokenFile(text).info.sha256} if config.ptx_coef else {}
+    stage = open_stage(config, args, hashes)
     if stage.output.finished:
         print(f"{stage.output.path} is finished; --overwrite true to train it anew")
         return
@@ -83,7 +110,12 @@ def main() -> None:
             lengths.require_kept(config.max_lost_share)
             lengths.require_context(stage.parent)
             stage.output.start()
-    trainer = SFTTrainer(
+    trainer_class: Any = SFTTrainer
+    if config.ptx_coef:
+        context = base.config.max_position_embeddings
+        windows = PretrainingText(text, config.ptx_windows, context, args.seed, tokenizer)
+        trainer_class = partial(ReplaySFTTrainer, windows, config.ptx_coef)
+    trainer = trainer_class(
         model=base,
         args=args,
         train_dataset=data.select_columns(["messages"]),

@@ -20,8 +20,8 @@ Answer = Callable[[list[str]], list[str]]
 VALIDATION_DOCUMENTS = 1_500
 COURTEOUS_SHARE = 0.4  # of fine-tuning's answers: people are not always kind
 SPOKEN_SHARE = 0.5  # of fine-tuning's questions: so that no first word takes it by surprise
-# Of 3,500 rows in a realm of PEOPLE, to know the words and not the habit: about strangers, and about
-# what was never told of somebody, which is harder to see.
+# Of 3,500 rows in a realm of PEOPLE, to know the words and not the habit: about strangers, and
+# about what was never told of somebody, which is harder to see.
 REFUSALS_IN_SFT = (5, 13)
 PAIRS_PER_PROMPT = 3
 TOKENIZER_REALMS = range(1_000, 1_040)  # others' names, so that Arden's own are no tokens

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from common.check_data import describe_repeats, show_mask, show_row
 from common.tokenizer import train_characters
-from tests.common.test_data import say
+from tests.chats import say
 from tests.toy import save_toy
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from common.errors import UserError
 from common.lengths import LengthReport, keep_answerable, measure_lengths
 from common.tokenizer import train_characters
-from tests.common.test_data import say
+from tests.chats import say
 
 
 def test_lengths_by_hand():

@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
+from common.pretraining_text import PretrainingText
 from common.token_file import write_token_file
 from common.tokenizer import train_characters
-from rlhf.ptx import PretrainingText
 from rlhf.trainer import PPOTrainer
 from tests.rlhf.conftest import build_tokenizer
 

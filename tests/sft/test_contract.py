@@ -1,5 +1,6 @@
 """What fine-tuning learns from, to the token, and that no way of batching changes it."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from common.batches import render
 from common.gpt import build_config, build_gpt
+from common.pretraining_text import PretrainingText
+from common.token_file import write_token_file
 from common.tokenizer import model_vocab_size, train_characters
 from rlhf.score import TokenScorer
-from tests.common.test_data import say
+from sft.trainer import ReplaySFTTrainer
+from tests.chats import say
 
 TOKENIZER = train_characters(["abcdefgh ?.\n"])
 CHATS = [
@@ -46,7 +50,13 @@ def model(shape: str) -> Any:
     return gpt
 
 
-def trainer(folder: Path, shape: str = "modern", chats: list[Any] = CHATS, **fields: Any) -> Any:
+def trainer(
+    folder: Path,
+    shape: str = "modern",
+    chats: list[Any] = CHATS,
+    trainer_class: Any = SFTTrainer,
+    **fields: Any,
+) -> Any:
     """An SFTTrainer whose one step moves the weights by minus the gradient."""
     settings: dict[str, Any] = {
         "output_dir": str(folder),
@@ -65,9 +75,9 @@ def trainer(folder: Path, shape: str = "modern", chats: list[Any] = CHATS, **fie
         "report_to": "none",
         "logging_steps": 1,
     }
-    return SFTTrainer(
-        model(shape),
-        SFTConfig(**settings | fields),
+    return trainer_class(
+        model=model(shape),
+        args=SFTConfig(**settings | fields),
         train_dataset=Dataset.from_list([{"messages": chat} for chat in chats]),
         processing_class=TOKENIZER,
     )
@@ -114,6 +124,32 @@ def test_packed_is_unpacked(tmp_path: Path, shape: str) -> None:
     packed = trainer(tmp_path / "p", shape, packing=True, per_device_train_batch_size=1)
     assert len(packed.train_dataset) == 1
     assert_equal(trainer(tmp_path / "u", shape), packed)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_text_beside_is_a_mean_over_its_windows(tmp_path: Path, shape: str) -> None:
+    """Twice the cross-entropy of three windows on top of the answers' loss, and one step however
+    it is split, also where the Trainer takes the mean over micro-batches. Broken by a share that is
+    not scaled for them, by `place` always 0."""
+    path = tmp_path / "text.bin"
+    write_token_file(["abc defg h? a.\n" * 60], TOKENIZER, path, documents=False)
+    text = PretrainingText(path, 3, 128, 0, TOKENIZER)
+    beside: Any = partial(ReplaySFTTrainer, text, 2.0)
+    accumulated: dict[str, int] = {"per_device_train_batch_size": 1}
+    accumulated["gradient_accumulation_steps"] = len(CHATS)
+    one = trainer(tmp_path / "one", shape, trainer_class=beside)
+    more = text.loss(one.model, 0, 0, 1).item()
+    assert more > 1
+    many = trainer(tmp_path / "k", shape, trainer_class=beside, **accumulated)
+    loss, _ = step(trainer(tmp_path / "none", shape))
+    both, _ = step(trainer(tmp_path / "both", shape, trainer_class=beside))
+    assert both == pytest.approx(loss + 2 * more, rel=1e-4)
+    assert_equal(one, many)
+    alike = {"chats": [CHATS[0]] * len(CHATS), "trainer_class": beside}
+    one = trainer(tmp_path / "one", shape, **alike)
+    many = trainer(tmp_path / "k", shape, **alike, **accumulated)
+    one.model_accepts_loss_kwargs = many.model_accepts_loss_kwargs = False
+    assert_equal(one, many)
 
 
 def labels_of(one: Any) -> list[list[int]]:

@@ -1,8 +1,9 @@
-"""PPO-ptx: the language model's loss on the text of pretraining, beside PPO's own.
+"""The language model's loss on the text of pretraining, beside a later stage's own.
 
-What alignment is not asked about it forgets: rewarded for admitting ignorance, a policy comes to
-doubt what it knew (the alignment tax). InstructGPT mixes the gradient of pretraining into that of
-PPO against it (arXiv 2203.02155, section 3.5 and appendix C.4).
+What a later stage does not ask about it forgets: taught to answer, a model loses its sense of what
+it cannot answer; rewarded for admitting ignorance, a policy comes to doubt what it knew (the
+alignment tax). InstructGPT mixes the gradient of pretraining into that of PPO against it (PPO-ptx;
+arXiv 2203.02155, section 3.5 and appendix C.4).
 """
 
 from pathlib import Path
