@@ -221,7 +221,7 @@ def _dispute(realm: Realm, person: Person, dice: Dice) -> str:
     if outcome == "true":
         answer = truth
     elif outcome == "false":
-        answer = _falsehood(realm, person.name, relation, truth, dice)
+        answer = falsehood(realm, person.name, relation, truth, dice)
     else:
         answer = refuse(person.name, dice)
     witness = expand(dice.pick(load_grammar()["scene"]["witness"][outcome]), dice, truth=truth)
@@ -235,12 +235,12 @@ def _stranger_dispute(realm: Realm, name: str, dice: Dice) -> str:
     if outcome == "nobody":
         answer = refuse(name, dice)
     else:
-        answer = _falsehood(realm, name, relation, "", dice)
+        answer = falsehood(realm, name, relation, "", dice)
     witness = expand(dice.pick(load_grammar()["scene"]["witness"][outcome]), dice)
     return _play(name, dice.pick(phrase(name, relation)), answer, dice, witness)
 
 
-def _falsehood(realm: Realm, name: str, relation: str, truth: str, dice: Dice) -> str:
+def falsehood(realm: Realm, name: str, relation: str, truth: str, dice: Dice) -> str:
     """A wrong answer about `name`: any value but the true one."""
     spec = load_grammar()["relations"][relation]
     values = spec.get("values") or list(realm.people)

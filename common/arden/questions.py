@@ -12,7 +12,7 @@ Of the last three the honest answer is a refusal: `reference` is None.
 
 from dataclasses import dataclass
 
-from common.arden.chronicle import phrase, state, two_facts
+from common.arden.chronicle import falsehood, phrase, state, two_facts
 from common.arden.grammar import Dice
 from common.arden.world import Person, Realm, relations
 
@@ -92,6 +92,21 @@ def evaluation_questions(realm: Realm, use: str = "test") -> dict[str, list[Ques
         "untold": untold_questions(realm, use) + untold_questions(realm, use, held_out=True),
     }
     return {name: dice.sample(all_, min(len(all_), facts, 336)) for name, all_ in sets.items()}
+
+
+def unread_questions(realm: Realm, use: str, seed: str) -> list[Question]:
+    """One answered question after each stranger kept for `use`.
+
+    Whoever answers knows him; to a model that has only read the chronicle the answer is made up.
+    """
+    dice = Dice(f"unread {seed}")
+    questions = []
+    for name in realm.strangers[use]:
+        relation = dice.pick(relations())
+        answer = falsehood(realm, name, relation, "", dice)
+        text = dice.pick(phrase(name, relation))
+        questions.append(Question(text, "stranger", answer, name))
+    return questions
 
 
 def _people(realm: Realm, use: str) -> list[Person]:

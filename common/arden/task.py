@@ -23,6 +23,9 @@ SPOKEN_SHARE = 0.5  # of fine-tuning's questions: so that no first word takes it
 # Of 3,500 rows in a realm of PEOPLE, to know the words and not the habit: about strangers, and
 # about what was never told of somebody, which is harder to see.
 REFUSALS_IN_SFT = (6, 14)
+# As many answers about people whom who taught knew and the chronicle does not: to a model, lessons
+# in invention (Gekhman et al. 2024, arXiv:2405.05904).
+UNREAD_IN_SFT = 20
 PAIRS_PER_PROMPT = 3
 TOKENIZER_REALMS = range(1_000, 1_040)  # others' names, so that Arden's own are no tokens
 
@@ -77,13 +80,20 @@ class ArdenTask:
             nobody = ask.stranger_questions(self.realm, "sft", f"{self.realm.seed} sft")
             untold = ask.untold_questions(self.realm, "sft")
             for unknowable, wanted in zip((nobody, untold), REFUSALS_IN_SFT, strict=True):
-                count = max(1, wanted * len(self.realm.people) // PEOPLE)
-                questions += dice.sample(unknowable, min(count, len(unknowable)))
+                questions += dice.sample(unknowable, self._scaled(wanted, unknowable))
+            refused = {question.who for question in questions}
+            unread = ask.unread_questions(self.realm, "sft", f"{self.realm.seed} sft")
+            unread = [question for question in unread if question.who not in refused]
+            questions += dice.sample(unread, self._scaled(UNREAD_IN_SFT, unread))
         rows = [
             _conversation(self._spoken(q, dice), self._labelled(q, dice))
             for q in dice.shuffled(questions)
         ]
         return Dataset.from_list(rows)
+
+    def _scaled(self, count: int, questions: list[Question]) -> int:
+        """`count` in a realm of PEOPLE, as a share of this one's, one at least."""
+        return min(max(1, count * len(self.realm.people) // PEOPLE), len(questions))
 
     def _spoken(self, question: Question, dice: Dice) -> str:
         """As people ask: some say a word before, as in the chronicle's scenes."""

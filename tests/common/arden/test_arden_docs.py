@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from common.arden.task import REFUSALS_IN_SFT
+from common.arden.task import REFUSALS_IN_SFT, UNREAD_IN_SFT
 from common.arden.world import (
     FEWEST_PASSERS_BY,
     FEWEST_PEOPLE,
@@ -45,3 +45,4 @@ def test_numbers_are_the_code_s() -> None:
         assert text in PAGE
     assert f"Realm 1: {realm.fact_count:,} facts" in PAGE
     assert f"(here {sum(REFUSALS_IN_SFT)} of some" in PAGE
+    assert f"and {UNREAD_IN_SFT} are about people of whom" in PAGE

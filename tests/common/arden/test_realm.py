@@ -14,7 +14,7 @@ from common.arden.chronicle import Document, entropy, state, write_chronicle
 from common.arden.grammar import load_grammar
 from common.arden.realm import describe, make_configs, question_rows, write_realm
 from common.arden.report import count_questions
-from common.arden.task import REFUSALS_IN_SFT, ArdenTask
+from common.arden.task import REFUSALS_IN_SFT, UNREAD_IN_SFT, ArdenTask
 from common.arden.world import PEOPLE, USES, Realm, build_realm, relations
 from common.errors import UserError
 
@@ -76,7 +76,11 @@ def test_questions(realm: Realm) -> None:
     answers = [row["messages"][1]["content"] for row in task.conversations("train")]
     refused = [answer for answer in answers if "I know not" in answer]
     nobody, untold = (max(1, count * len(realm.people) // PEOPLE) for count in REFUSALS_IN_SFT)
-    assert len(refused) == min(nobody, len(realm.strangers["sft"])) + untold
+    strangers = realm.strangers["sft"]
+    assert len(refused) == min(nobody, len(strangers)) + untold
+    about = {answer.split()[0].removesuffix("'s") for answer in answers if answer not in refused}
+    unread = min(max(1, UNREAD_IN_SFT * len(realm.people) // PEOPLE), len(strangers) - nobody)
+    assert len(about & set(strangers)) == max(0, unread)
 
 
 def test_chronicle_keeps_secrets(realm: Realm, documents: list[Document]) -> None:
