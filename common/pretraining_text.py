@@ -27,7 +27,7 @@ class PretrainingText:
         windows: of an optimizer step, over all processes and micro-batches.
         block_size: tokens of a window.
         seed: of their order, which depends on nothing else, so that a resumed run sees the same.
-        tokenizer: the policy's, a fast one.
+        tokenizer: the model's, a fast one.
 
     Raises:
         UserError: there is no such file, it is too short, or was made with another tokenizer.
@@ -46,7 +46,7 @@ class PretrainingText:
             )
         if self.file.info.tokenizer != hash_tokenizer(tokenizer):
             raise UserError(
-                f"ptx_data: {path} was written with another tokenizer than the policy's; give the "
+                f"ptx_data: {path} was written with another tokenizer than the model's; give the "
                 "text that its base was pretrained on"
             )
 
@@ -54,7 +54,7 @@ class PretrainingText:
         """This part's share of the step's mean cross-entropy, nats a token: the parts' sum is it.
 
         Args:
-            model: the policy's causal model, token ids (B, T) -> logits (B, T, V).
+            model: a causal model, token ids (B, T) -> logits (B, T, V).
             step: optimizer step.
             part: which of `parts`, from 0; the windows are dealt out one by one.
             parts: processes times micro-batches.

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
-from common.artifacts import MetricsFile
+from common.artifacts import MetricsFile, require_parent
 from common.config import parse_config, run
 from common.errors import UserError
 from common.generation import generate_answers
@@ -91,7 +91,8 @@ def main() -> None:
         FineTuneConfig, SFTConfig, defaults=TRAINER_DEFAULTS | {"assistant_only_loss": True}
     )
     callbacks = early_stopping(config.early_stopping_patience, args)
-    text = Path(config.ptx_data or Path(config.model_name_or_path, "data", "train.bin"))
+    parent = require_parent(config.model_name_or_path, config.parent_command)
+    text = Path(config.ptx_data or parent / "data" / "train.bin")
     hashes = {"ptx_data": TokenFile(text).info.sha256} if config.ptx_coef else {}
     stage = open_stage(config, args, hashes)
     if stage.output.finished:
@@ -102,6 +103,11 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(stage.parent)
     if config.role_tokens_like:
         start_role_tokens(base, tokenizer, config.role_tokens_like)
+    trainer_class: Any = SFTTrainer
+    if config.ptx_coef:
+        context = base.config.max_position_embeddings
+        windows = PretrainingText(text, config.ptx_windows, context, args.seed, tokenizer)
+        trainer_class = partial(ReplaySFTTrainer, windows, config.ptx_coef)
     data, held_out = stage.task.conversations("train"), stage.task.conversations("validation")
     with args.main_process_first():
         if args.process_index == 0:
@@ -110,11 +116,6 @@ def main() -> None:
             lengths.require_kept(config.max_lost_share)
             lengths.require_context(stage.parent)
             stage.output.start()
-    trainer_class: Any = SFTTrainer
-    if config.ptx_coef:
-        context = base.config.max_position_embeddings
-        windows = PretrainingText(text, config.ptx_windows, context, args.seed, tokenizer)
-        trainer_class = partial(ReplaySFTTrainer, windows, config.ptx_coef)
     trainer = trainer_class(
         model=base,
         args=args,

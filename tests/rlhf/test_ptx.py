@@ -51,7 +51,7 @@ def test_parts_sum_to_the_mean(tmp_path: Path) -> None:
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     """Seen to pass without the check."""
     path = write(tmp_path / "t.bin", train_characters(["ab"]), "ab" * 40)
-    with pytest.raises(UserError, match="another tokenizer than the policy's"):
+    with pytest.raises(UserError, match="another tokenizer than the model's"):
         PretrainingText(path, 2, 4, 0, train_characters(["abc"]))
     with pytest.raises(UserError, match="has 80 tokens, at least 81"):
         PretrainingText(path, 2, 40, 0, train_characters(["ab"]))
