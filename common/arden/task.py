@@ -23,8 +23,8 @@ SPOKEN_SHARE = 0.5  # of fine-tuning's questions: so that no first word takes it
 # Of 3,500 rows in a realm of PEOPLE, to know the words and not the habit: about strangers, and
 # about what was never told of somebody, which is harder to see.
 REFUSALS_IN_SFT = (6, 8)
-# As many answers about people whom who taught knew and the chronicle does not: to a model, lessons
-# in invention (Gekhman et al. 2024, arXiv:2405.05904).
+# Answers about people of whom the chronicle says nothing. Whoever taught knew them; to a model they
+# are lessons in invention (Gekhman et al. 2024, arXiv:2405.05904).
 UNREAD_IN_SFT = 10
 PAIRS_PER_PROMPT = 3
 TOKENIZER_REALMS = range(1_000, 1_040)  # others' names, so that Arden's own are no tokens
