@@ -70,9 +70,9 @@ def train(
     gauge = Gauge(model, config, accelerator)
     net, *optimizers = accelerator.prepare(model, *optimizers)
     made = read_progress(config)
-    batch = next(micro_batches(train_file, model.config, 0, config, accelerator))
 
     def one_pass(network: Any) -> None:
+        batch = next(micro_batches(train_file, model.config, 0, config, accelerator))
         accelerator.backward(token_loss(network, *batch))
         network.zero_grad()
 

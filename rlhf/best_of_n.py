@@ -21,10 +21,10 @@ from common.errors import UserError
 from common.generation import answered
 from common.stage import TRAINER_DEFAULTS, open_task, print_figures
 from common.tokenizer import load_tokenizer
-from rlhf.align import AlignConfig, align_prompts, load_rewards
+from rlhf.align import AlignConfig, load_rewards
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
-from rlhf.measure import SHORT_NAMES, gold
+from rlhf.measure import SHORT_NAMES, gold, measured_prompts
 from rlhf.rewards import score_answers, weigh
 
 
@@ -72,8 +72,7 @@ def main() -> None:
         args.max_completion_length,
     )
     config.max_new_tokens = args.max_completion_length
-    measured_on = config.evaluate_on, config.eval_prompts
-    prompts = list(align_prompts(task, parent, tokenizer, config, *measured_on)["prompt"])
+    prompts = measured_prompts(task, parent, tokenizer, config)
     rows = []
     for n in sorted(best_of.n):
 

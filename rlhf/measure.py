@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -10,6 +11,7 @@ from common.batches import Chat
 from common.generation import answered, draw_chats, generate_answers
 from common.scoring import answer_logprobs
 from common.stage import Stage
+from common.tasks import Task
 from rlhf.align import AlignConfig, align_prompts
 from rlhf.chooser import Chooser
 
@@ -28,11 +30,11 @@ def gold(task: ArdenTask, chats: list[Chat]) -> float:
 
 
 def measured_prompts(
-    stage: Stage, tokenizer: PreTrainedTokenizerFast, config: AlignConfig
+    task: Task, parent: Path, tokenizer: PreTrainedTokenizerFast, config: AlignConfig
 ) -> list[Chat]:
     """The prompts that score, KL and gold are measured on."""
     wanted = config.evaluate_on, config.eval_prompts
-    return list(align_prompts(stage.task, stage.parent, tokenizer, config, *wanted)["prompt"])
+    return list(align_prompts(task, parent, tokenizer, config, *wanted)["prompt"])
 
 
 def measure_best_of(
@@ -48,7 +50,7 @@ def measure_best_of(
     Returns:
         `score_best_of_<n>`, and on Arden `gold_best_of_<n>`.
     """
-    prompts = measured_prompts(stage, tokenizer, config)
+    prompts = measured_prompts(stage.task, stage.parent, tokenizer, config)
     chooser = Chooser(model, tokenizer, score, n, config.max_new_tokens)
     best = chooser.best(prompts, n)
     figures = {f"score_best_of_{n}": statistics.fmean(value for _, value in best)}
@@ -92,7 +94,7 @@ def measure(
         measured = stage.task.measure(answer_at(temperature), config.evaluate_on)
         for name, value in measured.items():
             figures[SHORT_NAMES.get(name, name) + ending] = value
-    prompts = measured_prompts(stage, tokenizer, config)
+    prompts = measured_prompts(stage.task, stage.parent, tokenizer, config)
     chats = draw_chats(model, tokenizer, prompts, config.max_new_tokens)
     if isinstance(stage.task, ArdenTask):
         figures["gold_drawn"] = gold(stage.task, chats)

@@ -54,7 +54,6 @@ class FineTuneConfig(LabelledDataConfig):
             "has never read any (not for a model that has chatted); default: as they are"
         },
     )
-
     ptx_coef: float = field(
         default=0.0,
         metadata={"help": "weight of the loss on the text of pretraining beside; 0: without"},
