@@ -10,6 +10,7 @@ out/<profile>/<stage>/
     manifest.json    what it came from: parent, data, code, packages, seed
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -27,6 +28,31 @@ from common.errors import UserError
 from common.tokenizer import hash_tokenizer, load_tokenizer
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers")
+
+
+_held: dict[Path, int] = {}  # directories that this process works in, and what locks them
+
+
+def hold(folder: Path) -> None:
+    """Keep other processes out of `folder` as long as this one lives, however it ends.
+
+    Raises:
+        UserError: another one is at work there.
+    """
+    if folder.resolve() in _held:
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UserError(
+            f"{folder}: another process is at work there; wait until it ends, or give another "
+            "--output_dir"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    _held[folder.resolve()] = lock
 
 
 class StageOutput:
@@ -84,12 +110,17 @@ class StageOutput:
     def start(self) -> None:
         """Write the configuration and the manifest; called by one process, before training.
 
-        What another configuration left in the directory goes first.
+        What another configuration left in the directory goes first. From here to `finish`, or to
+        the end of this process, no other one can start there.
+
+        Raises:
+            UserError: another one is at work there.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
+        hold(self.path)
         if self._replaces:
             self._clear()
             self._replaces = False
-        self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
         code = {"commit": _git_commit(), "packages": _package_versions()}
         write_json(self.path / "manifest.json", self.manifest | code)
@@ -113,6 +144,7 @@ class StageOutput:
         model_hash = {"model": hash_model(self.path)}
         write_json(self.path / "manifest.json", read_json(self.path / "manifest.json") | model_hash)
         write_json(self.path / "summary.json", summary)
+        os.close(_held.pop(self.path.resolve()))
 
 
 class MetricsFile(TrainerCallback):

@@ -112,7 +112,7 @@ def main() -> None:
             return
         start = time.perf_counter()
         log = folder / f"{name}.log"
-        with log.open("w", encoding="utf-8") as file:
+        with log.open("a", encoding="utf-8") as file:
             code = subprocess.run(
                 left[name], stdout=file, stderr=subprocess.STDOUT, env=environment
             ).returncode

@@ -1,6 +1,8 @@
 """What a stage leaves behind."""
 
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,22 @@ def test_looking_changes_nothing_and_one_process_replaces(tmp_path: Path) -> Non
     late = StageOutput(str(tmp_path), config, sources, overwrite=True)
     late.start()
     assert (one.checkpoints / "y").exists()
+
+
+def test_one_process_works_in_a_directory(tmp_path: Path) -> None:
+    """A lock of another process is a lock by another descriptor. Broken by not asking for it: both
+    write checkpoints and metrics, and the model is of neither run."""
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another process is at work there"):
+        start(tmp_path)
+    assert not list(tmp_path.iterdir())
+    fcntl.flock(other, fcntl.LOCK_UN)
+    start(tmp_path)
+    start(tmp_path)  # it is we who hold it
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
 
 
 def test_a_run_without_a_checkpoint_is_replaced(tmp_path: Path) -> None:
