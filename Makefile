@@ -25,7 +25,8 @@ PROFILE ?= arden
 ACCELERATE ?= single
 STAGE ?=
 REALM ?=
-FOLDER = $(if $(REALM),out/realm/$(REALM),out/$(PROFILE))
+NAME = $(if $(REALM),realm/$(REALM),$(PROFILE))
+FOLDER = out/$(NAME)
 CONFIGS = $(if $(REALM),$(FOLDER)/configs,configs/$(PROFILE))
 CONFIG ?= $(CONFIGS)/sft.yaml
 ARGS ?=
@@ -70,16 +71,16 @@ realm: setup
 	$(BIN)/python -m common.arden.realm $(if $(SEED),--seed $(SEED)) $(if $(PEOPLE),--people $(PEOPLE))
 
 seeds: setup
-	$(BIN)/python -m common.arden.seeds $(or $(SEEDS),0 1 2)
+	$(BIN)/python -m common.arden.seeds --profile $(if $(REALM),$(NAME),arden) --seeds $(or $(SEEDS),0 1 2)
 
 rounds: setup
-	$(BIN)/python -m common.rounds --profile $(PROFILE) --rounds $(or $(ROUNDS),2) $(ARGS)
+	$(BIN)/python -m common.rounds --profile $(NAME) --rounds $(or $(ROUNDS),2) $(ARGS)
 
 sweep: setup
-	$(BIN)/python -m common.sweep --profile $(PROFILE) --stage $(STAGE) --field $(FIELD) --values $(VALUES) -- $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(BIN)/python -m common.sweep --profile $(NAME) --stage $(STAGE) --field $(FIELD) --values $(VALUES) -- $(if $(DATA),--data $(DATA)) $(ARGS)
 
 frontier: setup
-	$(BIN)/python -m rlhf.frontier $(ARGS)
+	$(BIN)/python -m rlhf.frontier $(if $(REALM),--stage_config $(CONFIGS)/rlhf.yaml --output_dir $(FOLDER)/frontier) $(ARGS)
 
 bench-rlhf: setup
 	TRL112=$(TRL112) OMP_NUM_THREADS=1 $(BIN)/python -m rlhf.bench $(ARGS)

@@ -138,9 +138,14 @@ def open_stage(
 def run_stage(profile: str, stage: str, flags: list[str]) -> None:
     """Run a stage as its profile configures it, in its own process; end with it if it fails.
 
-    `rlhf_judge` is another configuration of `rlhf`.
+    Args:
+        profile: a folder of `configs`, or a realm, `realm/7`, whose folder has its configuration.
+        stage: of the four; `rlhf_judge` is another configuration of `rlhf`.
+        flags: what is not as in the configuration.
     """
-    config, module = f"configs/{profile}/{stage}.yaml", stage.removesuffix("_judge")
+    realm = profile.startswith("realm/")
+    configs = Path("out", profile, "configs") if realm else Path("configs", profile)
+    config, module = str(configs / f"{stage}.yaml"), stage.removesuffix("_judge")
     done = subprocess.run([sys.executable, "-m", module, "--config", config, *flags])
     if done.returncode:
         sys.exit(done.returncode)

@@ -1,5 +1,7 @@
-"""Early stopping: when a run ends, and with which weights."""
+"""Early stopping: when a run ends, and with which weights. And how a stage is called."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from common import stage
 from common.errors import UserError
-from common.stage import early_stopping
+from common.stage import early_stopping, run_stage
 
 
 class Point(nn.Module):
@@ -58,3 +61,21 @@ def test_needs_evaluations(tmp_path: Path) -> None:
     assert early_stopping(0, args) == []
     with pytest.raises(UserError, match="needs evaluations: give --eval_strategy"):
         early_stopping(3, args)
+
+
+def test_a_realm_has_its_configuration_in_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken by looking for a realm's, too, in `configs`."""
+    commands: list[list[str]] = []
+
+    def execute(command: list[str]) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(stage.subprocess, "run", execute)
+    run_stage("realm/7", "rlhf_judge", [])
+    run_stage("own", "sft", ["--seed", "1"])
+    start = [sys.executable, "-m"]
+    assert commands == [
+        [*start, "rlhf", "--config", "out/realm/7/configs/rlhf_judge.yaml"],
+        [*start, "sft", "--config", "configs/own/sft.yaml", "--seed", "1"],
+    ]

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,15 @@ def test_configurations(tmp_path: Path) -> None:
     assert figures["people"] == "236 (sft 76, align 75, dev 28, test 57)"
     assert figures["facts told"] == "2,152"
     assert figures["pretraining"] == "4,000 steps of 128 tokens"
+
+
+@pytest.mark.parametrize("target", ["all", "rounds", "sweep", "seeds", "rlhf_judge", "frontier"])
+def test_make_takes_the_realm_s_configuration(target: str) -> None:
+    """REALM=7 behind a target. Broken once: rounds, sweep, seeds and frontier went on with arden."""
+    command = ["make", "--dry-run", target, "REALM=7"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    *_, last = [line for line in printed.splitlines() if "python -m" in line or "launch" in line]
+    assert "realm/7" in last and "arden " not in last and "configs/arden" not in last
 
 
 def test_report_counts_the_run_s_own_questions(tmp_path: Path) -> None:

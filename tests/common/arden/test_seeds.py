@@ -21,7 +21,7 @@ def test_every_stage_reads_its_own_seed(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(seeds, "run_stage", run_stage)
     monkeypatch.setattr(seeds, "report", lambda folders: ran.append({"report": str(folders[1])}))
-    monkeypatch.setattr("sys.argv", ["seeds", "0", "1"])
+    monkeypatch.setattr("sys.argv", ["seeds", "--seeds", "0", "1"])
     seeds.main()
     assert [run.get("stage") for run in ran] == [*seeds.stages(Path())] * 2 + [None]
     assert ran[-1] == {"report": "out/arden-1"}
