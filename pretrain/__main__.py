@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from common.artifacts import StageOutput
+from common.artifacts import StageOutput, hash_model
 from common.config import config_values, parse_config, run
 from common.device import fast_attention
 from common.errors import UserError
@@ -46,12 +46,11 @@ def main() -> None:
         validation_fraction=config.validation_fraction,
     )
     stream = open_stream(task, model_config, config)
-    output = StageOutput(
-        config.output_dir,
-        config_values(model_config, config),
-        {"data": stream.fingerprint if stream else task.fingerprint()},
-        config.overwrite,
-    )
+    sources = {"data": stream.fingerprint if stream else task.fingerprint()}
+    if model_config.model_name_or_path:
+        sources["parent"] = hash_model(Path(model_config.model_name_or_path))
+    values = config_values(model_config, config)
+    output = StageOutput(config.output_dir, values, sources, config.overwrite)
     if output.finished:
         print(f"{output.path} is finished; --overwrite true to train it anew")
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from common.config import as_flags
 from common.tokenizer import train_bpe
@@ -43,7 +43,8 @@ torch.save({"ids": ids, "logits": model(ids).logits.detach()}, folder + "/theirs
 def test_goes_on_from_plain_transformers(kind: str, tmp_path: Path) -> None:
     """Qwen3's tokenizer has no bos, nor has ours for it here.
 
-    Seen to fail with a blank page in the checkpoint's place, and with bos left missing.
+    Seen to fail with a blank page in the checkpoint's place, with bos left missing, and with another
+    checkpoint at the same place taken for the same parent.
     """
     text = tmp_path / "book.jsonl"
     rows = [json.dumps({"text": f"the cat sat on mat {number}."}) for number in range(400)]
@@ -71,3 +72,8 @@ def test_goes_on_from_plain_transformers(kind: str, tmp_path: Path) -> None:
     assert lines[-1]["loss"] < lines[0]["loss"] - 1
     before, after = (load_file(path / "model.safetensors") for path in (folder, output))
     assert before.keys() == after.keys()
+
+    save_file(load_file(output / "model.safetensors"), folder / "model.safetensors")
+    again = [sys.executable, "-m", "pretrain", *flags]
+    refused = subprocess.run(again, env=ENVIRONMENT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "holds a run with another parent" in refused.stderr
