@@ -184,6 +184,16 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
+def make_variable(folder: Path) -> str:
+    """How make is told of a profile's folder.
+
+    >>> make_variable(Path("out/own")), make_variable(Path("out/realm/7"))
+    ('PROFILE=own', 'REALM=7')
+    """
+    kind = "REALM" if folder.parent.name == "realm" else "PROFILE"
+    return f"{kind}={folder.name}"
+
+
 def require_parent(path: str, command: str) -> Path:
     """The directory of a finished model.
 

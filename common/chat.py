@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, TextStreamer
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
+from common.artifacts import make_variable
 from common.batches import render
 from common.config import run
 from common.errors import UserError
@@ -58,7 +59,7 @@ def find_model(profile: Path, stage: str | None) -> Path:
         if (profile / name / "config.json").exists():
             return profile / name
     target = stage or "all"
-    raise UserError(f"no finished model in {profile}: run `make {target} PROFILE={profile.name}`")
+    raise UserError(f"no finished model in {profile}: run `make {target} {make_variable(profile)}`")
 
 
 def _read_line() -> str:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import read_json
+from common.artifacts import make_variable, read_json
 from common.config import run
 from common.errors import UserError
 
@@ -22,7 +22,7 @@ def main() -> None:
     summaries = {stage: read_json(folder / stage / "summary.json") for stage in STAGES}
     done = {stage: summary for stage, summary in summaries.items() if summary}
     if not done:
-        raise UserError(f"no finished stage in {folder}: run `make all PROFILE={folder.name}`")
+        raise UserError(f"no finished stage in {folder}: run `make all {make_variable(folder)}`")
     for stage, summary in done.items():
         print(f"\n{stage}  ({summary['train_seconds']:.0f} s)  {folder / stage}")
         for name, text in rows(summary):

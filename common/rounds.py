@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from common.artifacts import read_json, require_parent
+from common.artifacts import make_variable, read_json, require_parent
 from common.config import as_flags, parse_config, run
 from common.errors import UserError
 from common.report import show_columns
@@ -42,7 +42,7 @@ def main() -> None:
     (config,) = parse_config(RoundsConfig)
     first = Path("out") / config.profile
     for stage in ("sft", "reward", "rlhf"):
-        require_parent(str(first / stage), f"make all PROFILE={config.profile}")
+        require_parent(str(first / stage), f"make all {make_variable(first)}")
     folders = [first, *(first / f"round{n}" for n in range(2, config.rounds + 1))]
     for last, folder in pairwise(folders):
         train(config, "reward", folder, model_name_or_path=last / "reward", policy=last / "rlhf")
