@@ -95,7 +95,7 @@ def main() -> None:
         if evaluates
         else None,
         processing_class=tokenizer,
-        peft_config=lora(config.lora_rank),
+        peft_config=lora(config.lora_r),
         callbacks=[MetricsFile(stage.output.path / "metrics.jsonl")],
     )
     seconds = train_or_resume(trainer, stage.output.checkpoints)

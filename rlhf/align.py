@@ -38,7 +38,7 @@ class AlignConfig(DataConfig):
         },
     )
     method: str = field(default="ppo", metadata={"help": f"one of {', '.join(METHODS)}"})
-    lora_rank: int = field(
+    lora_r: int = field(
         default=0, metadata={"help": "train an adapter of this rank on the policy; 0: all weights"}
     )
     prompts: int = field(default=2000, metadata={"help": "questions to train on"})
