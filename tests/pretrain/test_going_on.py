@@ -43,8 +43,8 @@ torch.save({"ids": ids, "logits": model(ids).logits.detach()}, folder + "/theirs
 def test_goes_on_from_plain_transformers(kind: str, tmp_path: Path) -> None:
     """Qwen3's tokenizer has no bos, nor has ours for it here.
 
-    Seen to fail with a blank page in the checkpoint's place, with bos left missing, and with another
-    checkpoint at the same place taken for the same parent.
+    Seen to fail with a blank page in the checkpoint's place, with bos left missing, and with
+    another checkpoint at the same place taken for the same parent.
     """
     text = tmp_path / "book.jsonl"
     rows = [json.dumps({"text": f"the cat sat on mat {number}."}) for number in range(400)]

@@ -181,7 +181,7 @@ def test_configurations(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["all", "rounds", "sweep", "seeds", "rlhf_judge", "frontier"])
 def test_make_takes_the_realm_s_configuration(target: str) -> None:
-    """REALM=7 behind a target. Broken once: rounds, sweep, seeds and frontier went on with arden."""
+    """REALM=7 behind a target. Broken once: rounds, sweep, seeds, frontier went on with arden."""
     command = ["make", "--dry-run", target, "REALM=7"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     *_, last = [line for line in printed.splitlines() if "python -m" in line or "launch" in line]
