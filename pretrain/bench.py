@@ -48,7 +48,7 @@ class BenchConfig:
     rounds: int = field(default=3, metadata={"help": "times through all runs, a seed each"})
     seed: int = field(default=0, metadata={"help": "ours, of the first round"})
     threads: int = field(default=1, metadata={"help": "of every run, each on a core of its own"})
-    target_steps: int = field(default=240, metadata={"help": f"ours, to a loss of {TARGET}"})
+    target_steps: int = field(default=170, metadata={"help": f"ours, to a loss of {TARGET}"})
     small_steps: int = field(default=200, metadata={"help": "ours, at nanoGPT's 0.8M shape"})
     large_steps: int = field(default=16, metadata={"help": "both, at its 10.8M shape"})
     torch_compile: bool = field(default=True, metadata={"help": "ours, too, as nanoGPT is"})

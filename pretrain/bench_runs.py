@@ -47,6 +47,7 @@ class Shape:
         """As stage 1's fields: GPT-2's shape, whose mathematics nanoGPT has."""
         return {
             "shape": "lesson",
+            "tie_word_embeddings": True,
             "block_size": self.block_size,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
