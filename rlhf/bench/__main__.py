@@ -53,6 +53,10 @@ Update = dict[str, float]
 Figures = dict[str, float]
 
 
+class Ended(UserError):
+    """A trainer ended before it was told to."""
+
+
 class Worker:
     """A trainer in a process of its own, which takes an update when it is its turn."""
 
@@ -74,7 +78,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise UserError(f"{self.name} ended before it was told to: see {self.log}")
+            raise Ended(f"{self.name} ended before it was told to: see {self.log}")
         return json.loads(line)
 
     def update(self) -> Update:
@@ -129,11 +133,21 @@ def take_turns(workers: dict[str, Worker], rounds: int) -> None:
 
 
 def race(workers: dict[str, Worker], target: float, limit: int) -> None:
-    """In turns until each has a mean score over the target."""
+    """In turns until each has a mean score over the target.
+
+    TRL 1.12's ends by itself where a batch has no token beside end-of-text; it has no updates then.
+    """
     running = list(workers.values())
     while running:
         for worker in running:
-            worker.update()
+            try:
+                worker.update()
+            except Ended as error:
+                if worker.name != "trl112":
+                    raise
+                print(f"{error}: no ratio by this seed", file=sys.stderr)
+                worker.updates.clear()
+        running = [w for w in running if w.updates]
         running = [w for w in running if len(w.updates) < 5 or w.score() < target]
         if running and len(running[0].updates) >= limit:
             names = ", ".join(w.name for w in running)
@@ -188,6 +202,8 @@ def bench_reward(folder: Path, trl112: str | None, target: float, seeds: int) ->
         race(workers, target, limit=400)
         stop(workers)
         for name, worker in workers.items():
+            if not worker.updates:
+                continue
             for figure, value in {
                 "seconds": worker.total("seconds"),
                 "cpu_seconds": worker.total("cpu_seconds"),
@@ -195,7 +211,7 @@ def bench_reward(folder: Path, trl112: str | None, target: float, seeds: int) ->
                 "kl": worker.updates[-1]["kl"],
             }.items():
                 found.setdefault(f"reward_{name}_{figure}", []).append(value)
-        if trl112 is not None:
+        if trl112 is not None and workers["trl112"].updates:
             for figure in ratios:
                 theirs = workers["trl112"].total(figure)
                 ratios[figure].append(theirs / workers["separate"].total(figure))
@@ -203,6 +219,8 @@ def bench_reward(folder: Path, trl112: str | None, target: float, seeds: int) ->
     for name, values in found.items():
         figures |= spread(name, values)
     if trl112 is not None:
+        figures["reward_trl112_failed"] = seeds - len(ratios["seconds"])
+    if ratios["seconds"]:
         figures |= spread("time_to_reward_ratio", ratios["seconds"])
         figures |= spread("time_to_reward_ratio_cpu", ratios["cpu_seconds"])
         figures |= spread("time_to_reward_ratio_shared", shared["seconds"])

@@ -12,7 +12,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from common.errors import UserError
-from rlhf.bench.__main__ import LENGTHS, REWARD, race, spread, start, stop, take_turns, turns
+from rlhf.bench.__main__ import (
+    LENGTHS,
+    REWARD,
+    Ended,
+    race,
+    spread,
+    start,
+    stop,
+    take_turns,
+    turns,
+)
 from rlhf.bench.problem import Problem, create
 
 TINY = Problem(
@@ -96,6 +106,23 @@ def test_a_race_ends_at_the_target() -> None:
     assert len(slow.updates) == 15  # 0.6 + 4 x 0.8
     with pytest.raises(UserError, match=r"fake: score under 0\.7 after 12 updates"):
         race({"slow": fake([0.1] * 50)}, target=0.7, limit=12)
+
+
+def test_theirs_may_end_by_itself() -> None:
+    """Its seed has no ratio, the bench goes on; ours may not. Broken by stopping for both."""
+
+    def fail() -> None:
+        raise Ended("trl112 ended before it was told to")
+
+    ours, theirs = fake([0.8] * 50), fake([0.1, 0.2])
+    theirs.name = "trl112"
+    begin = theirs.update
+    theirs.update = lambda: begin() if len(theirs.updates) < 2 else fail()
+    race({"ours": ours, "trl112": theirs}, target=0.7, limit=40)
+    assert len(ours.updates) == 5 and theirs.updates == []
+    ours.update = fail
+    with pytest.raises(Ended):
+        race({"ours": ours}, target=0.7, limit=40)
 
 
 def test_ratios_are_theirs_over_ours() -> None:
