@@ -27,9 +27,16 @@ def score_chats(
 
 @torch.no_grad()
 def answer_logprobs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Chat]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chats: list[Chat],
+    most_tokens: int | None = None,
 ) -> list[float]:
-    """log p(answer and its end | question) of each conversation, in nats."""
+    """log p(answer and its end | question) of each conversation, in nats.
+
+    Of an answer of more than `most_tokens` the first so many count: drawn with that limit it was
+    cut off there, and its end is none of the model's.
+    """
     whole = render(tokenizer, chats)
     asked = render(tokenizer, [chat[:-1] for chat in chats], ask=True)
     sums = [0.0] * len(whole)
@@ -44,6 +51,8 @@ def answer_logprobs(
         starts = torch.tensor([len(asked[place]) for place in places], device=ids.device)
         position = torch.arange(1, ids.shape[1], device=ids.device)
         counts = (position >= starts[:, None]) & mask[:, 1:].bool()
+        if most_tokens is not None:
+            counts &= position < starts[:, None] + most_tokens
         for place, total in zip(places, (logprobs * counts).sum(1).tolist(), strict=True):
             sums[place] = total
     return sums

@@ -26,7 +26,6 @@ from common.generation import generate_answers
 from common.pretraining_text import PretrainingText
 from common.stage import (
     TRAINER_DEFAULTS,
-    Stage,
     format_samples,
     open_stage,
     print_figures,
@@ -112,7 +111,9 @@ def main() -> None:
     if config.best_of:
         summary |= measure_best_of(config.best_of, policy, score, tokenizer, stage, config)
     summary |= {"kl": after["kl"], "train_seconds": seconds}
-    stage.output.finish(model, tokenizer, summary, write_samples(policy, model, tokenizer, stage))
+    questions, longest = stage.task.sample_questions(), config.max_new_tokens
+    samples = write_samples(policy, model, tokenizer, questions, longest)
+    stage.output.finish(model, tokenizer, summary, samples)
     print_figures("rlhf", summary)
 
 
@@ -120,12 +121,12 @@ def write_samples(
     before: PreTrainedModel,
     after: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    stage: Stage,
+    questions: list[str],
+    max_new_tokens: int,
 ) -> str:
     """The same questions to both models, greedy: the first answer is from before."""
-    questions = stage.task.sample_questions()
     answers = [
-        generate_answers(model, tokenizer, questions, max_new_tokens=64)
+        generate_answers(model, tokenizer, questions, max_new_tokens=max_new_tokens)
         for model in (before, after)
     ]
     pairs = [[old[0], new[0]] for old, new in zip(*answers, strict=True)]

@@ -98,12 +98,10 @@ def measure(
     chats = draw_chats(model, tokenizer, prompts, config.max_new_tokens)
     if isinstance(stage.task, ArdenTask):
         figures["gold_drawn"] = gold(stage.task, chats)
-    ratios = zip(
-        answer_logprobs(model, tokenizer, chats),
-        answer_logprobs(reference, tokenizer, chats),
-        strict=True,
+    ours, theirs = (
+        answer_logprobs(one, tokenizer, chats, config.max_new_tokens) for one in (model, reference)
     )
-    figures["kl"] = statistics.fmean(ours - theirs for ours, theirs in ratios)
+    figures["kl"] = statistics.fmean(ours) - statistics.fmean(theirs)
     scores = score(chats)
     figures |= {"score": statistics.fmean(scores), "score_mean": statistics.fmean(scores)}
     figures["score_std"] = statistics.pstdev(scores)
