@@ -22,6 +22,9 @@ Answer = Callable[[list[str]], list[str]]
 Sample = Callable[[list[str]], list[list[str]]]
 HELD_OUT_SHARE = 0.05  # of a reader's own rows, for evaluation
 SHOWN_CHARS = 500  # of a prompt in samples.md
+# Of the plays' training dialogues. The others are for ranking and PPO: a reply that the model was
+# tuned on is likelier to it than one of its own, and one that it never read is not.
+TUNED_SHARE = 0.6
 
 
 class Task(Protocol):
@@ -119,13 +122,12 @@ class PlaysTask:
 
     def conversations(self, split: str) -> Dataset:
         """A speech, and the reply that follows it."""
-        return Dataset.from_list(self._pairs(split))
+        return Dataset.from_list(self._pairs("sft" if split == "train" else split))
 
     def rankings(self, sample: Sample, split: str, count: int, noise: float) -> Dataset:
         """The true reply over a reply from elsewhere, and over the model's own."""
-        part = "train" if split == "train" else "validation"
-        speeches = plays.parse_plays(self.parts[part])
-        rows = plays.false_replies(plays.dialogue_pairs(speeches, self.max_chars), seed=0)[:count]
+        pairs = self._pairs("align" if split == "train" else "validation")
+        rows = plays.false_replies(pairs, seed=0)[:count]
         rows = [{**row, "kind": "true_elsewhere", "flipped": False} for row in rows]
         drawn = sample([row["prompt"][-1]["content"] for row in rows])
         own = [
@@ -138,7 +140,7 @@ class PlaysTask:
 
     def prompt_rows(self, split: str, count: int) -> Dataset:
         """Speeches to reply to."""
-        pairs = self._pairs("train" if split in ("train", "align") else "validation")
+        pairs = self._pairs("align" if split in ("train", "align") else "validation")
         random.Random(0).shuffle(pairs)
         return Dataset.from_list([{"prompt": row["messages"][:-1]} for row in pairs[:count]])
 
@@ -161,8 +163,12 @@ class PlaysTask:
         """Speeches of the validation part."""
         return [row["messages"][-2]["content"] for row in self._pairs("validation")[:8]]
 
-    def _pairs(self, split: str) -> list[dict[str, Any]]:
-        return plays.dialogue_pairs(plays.parse_plays(self.parts[split]), self.max_chars)
+    def _pairs(self, use: str) -> list[dict[str, Any]]:
+        """Dialogue for `sft`, for `align` (ranking and PPO) or for `validation`."""
+        part = "validation" if use == "validation" else "train"
+        pairs = plays.dialogue_pairs(plays.parse_plays(self.parts[part]), self.max_chars)
+        tuned = round(TUNED_SHARE * len(pairs))
+        return {"validation": pairs, "sft": pairs[:tuned], "align": pairs[tuned:]}[use]
 
 
 class FileTask:
