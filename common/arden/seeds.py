@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common.arden.report import report
 from common.config import as_flags, parse_config, run
+from common.errors import UserError
 from common.stage import run_stage
 
 
@@ -22,6 +23,11 @@ class SeedsConfig:
 
     profile: str = field(default="arden", metadata={"help": "arden, or another realm: realm/7"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "a run each"})
+
+    def __post_init__(self) -> None:
+        """Refuse what no generator takes, before the first run."""
+        if not self.seeds or min(self.seeds) < 0:
+            raise UserError(f"seeds ({self.seeds}) must be whole numbers from 0 on: e.g. 0 1 2")
 
 
 def main() -> None:

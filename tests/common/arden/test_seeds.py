@@ -9,6 +9,7 @@ import yaml
 
 from common.arden import seeds
 from common.arden.report import COLUMNS, FIGURES, report
+from common.errors import UserError
 
 
 def test_every_stage_reads_its_own_seed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +32,17 @@ def test_every_stage_reads_its_own_seed(monkeypatch: pytest.MonkeyPatch) -> None
         assert run["--seed"] == "1"
         for name in run.keys() - {"stage", "--seed"}:
             assert run[name].startswith("out/arden-1/"), name
+
+
+@pytest.mark.parametrize("wanted", [["-1"], ["0", "-2"], []])
+def test_no_run_begins_with_a_seed_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, wanted: list[str]
+) -> None:
+    """Broken by leaving it to the stage: folders of `arden--1`, then a traceback of numpy's."""
+    monkeypatch.setattr(seeds, "run_stage", lambda *_: pytest.fail("a run has begun"))
+    monkeypatch.setattr("sys.argv", ["seeds", "--seeds", *wanted])
+    with pytest.raises(UserError, match="seeds"):
+        seeds.main()
 
 
 def test_seeds_stages_are_those_that_have_a_configuration() -> None:
