@@ -32,8 +32,10 @@ def test_a_reply_follows_its_speech_and_splits_share_none(task: PlaysTask) -> No
         rows = task.conversations(split)["messages"]
         assert all(number(answer) == number(question) + 1 for question, answer in rows)
         numbers[split] = {number(message) for row in rows for message in row}
-    assert len(numbers["train"]) > 600 and len(numbers["validation"]) > 100
-    assert max(numbers["train"]) < min(numbers["validation"])
+    asked = {number(row["prompt"][-1]) for row in task.prompt_rows("align", 5000)}
+    assert len(numbers["train"] | asked) > 1000 and len(numbers["validation"]) > 100
+    assert len(numbers["train"]) > 600 and max(numbers["train"]) == min(asked)
+    assert max(numbers["train"] | asked) < min(numbers["validation"])
 
 
 def test_rankings_set_the_true_reply_above_both_others(task: PlaysTask) -> None:
