@@ -28,8 +28,6 @@ from common.errors import UserError
 from common.tokenizer import hash_tokenizer, load_tokenizer
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers")
-
-
 _held: dict[Path, int] = {}  # directories that this process works in, and what locks them
 
 

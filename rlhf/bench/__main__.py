@@ -147,8 +147,7 @@ def race(workers: dict[str, Worker], target: float, limit: int) -> None:
                     raise
                 print(f"{error}: no ratio by this seed", file=sys.stderr)
                 worker.updates.clear()
-        running = [w for w in running if w.updates]
-        running = [w for w in running if len(w.updates) < 5 or w.score() < target]
+        running = [w for w in running if w.updates and (len(w.updates) < 5 or w.score() < target)]
         if running and len(running[0].updates) >= limit:
             names = ", ".join(w.name for w in running)
             raise UserError(f"{names}: score under {target} after {limit} updates")
