@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from common.errors import UserError
 from common.token_file import TokenFile
 from common.tokenizer import hash_tokenizer
-from common.windows import training_starts
+from common.windows import back_to_beginnings, document_positions, training_starts
 
 
 class PretrainingText:
@@ -39,6 +39,8 @@ class PretrainingText:
         self.file = TokenFile(path)
         self.windows, self.block_size = windows, block_size
         self.seed = seed
+        bos = tokenizer.bos_token_id
+        self.bos_token_id = -1 if bos is None else bos  # without one no document was written
         if len(self.file) < 2 * block_size + 1:
             raise UserError(
                 f"ptx_data: {path} has {len(self.file):,} tokens, at least {2 * block_size + 1:,} "
@@ -53,6 +55,8 @@ class PretrainingText:
     def loss(self, model: Any, step: int, part: int, parts: int) -> Tensor:
         """This part's share of the step's mean cross-entropy, nats a token: the parts' sum is it.
 
+        Documents are read from their beginning where they fit, and each by itself.
+
         Args:
             model: a causal model, token ids (B, T) -> logits (B, T, V).
             step: optimizer step.
@@ -61,10 +65,12 @@ class PretrainingText:
         """
         size = self.block_size
         starts = training_starts(len(self.file), size, step, self.windows, self.seed)
+        starts = back_to_beginnings(self.file.tokens, starts, size, self.bos_token_id)
         mine = starts[part::parts]
         if not len(mine):
             return torch.zeros((), device=model.device)
         inputs, targets = (x.to(model.device) for x in self.file.batch(mine, size))
-        logits = model(input_ids=inputs, use_cache=False).logits.float()
+        positions = document_positions(inputs, self.bos_token_id)
+        logits = model(input_ids=inputs, position_ids=positions, use_cache=False).logits.float()
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         return total / (self.windows * size)

@@ -24,7 +24,13 @@ from transformers import PreTrainedModel
 from common.artifacts import MetricsFile, read_json, write_json
 from common.errors import UserError
 from common.token_file import TokenFile
-from common.windows import document_positions, evaluation_spans, source_rows, training_starts
+from common.windows import (
+    back_to_beginnings,
+    document_positions,
+    evaluation_spans,
+    source_rows,
+    training_starts,
+)
 from pretrain.compiling import compile_if_worth
 from pretrain.config import PretrainConfig
 from pretrain.optimizer import build_optimizers
@@ -175,7 +181,7 @@ def micro_batches(
 ) -> Iterator[Batch]:
     """This process's micro-batches of a step, on its device; `sizes` is the model's config."""
     block_size = sizes.max_position_embeddings
-    starts = step_starts(file, block_size, step, config, accelerator)
+    starts = step_starts(file, sizes, step, config, accelerator)
     for part in starts[accelerator.process_index :: accelerator.num_processes]:
         inputs, targets = (x.to(accelerator.device) for x in file.batch(part, block_size))
         yield inputs, targets, packed_positions(inputs, sizes, config)
@@ -187,12 +193,14 @@ def packed_positions(inputs: Tensor, sizes: Any, config: PretrainConfig) -> Tens
 
 
 def step_starts(
-    file: TokenFile, block_size: int, step: int, config: PretrainConfig, accelerator: Accelerator
+    file: TokenFile, sizes: Any, step: int, config: PretrainConfig, accelerator: Accelerator
 ) -> NDArray[np.int64]:
     """Where the windows of a step start, of all processes: (micro-batches, windows)."""
+    block_size = sizes.max_position_embeddings
     size = config.per_device_train_batch_size
     count = config.gradient_accumulation_steps * accelerator.num_processes
     starts = training_starts(len(file), block_size, step, size * count, config.seed)
+    starts = back_to_beginnings(file.tokens, starts, block_size, sizes.bos_token_id)
     return starts.reshape(count, size)
 
 
@@ -201,7 +209,7 @@ def describe_step(
 ) -> str:
     """Which rows of the training text a step reads, counted from 0, and which tokens."""
     block_size = sizes.max_position_embeddings
-    starts = np.sort(step_starts(file, block_size, step, config, accelerator).ravel())
+    starts = np.sort(step_starts(file, sizes, step, config, accelerator).ravel())
     rows = source_rows(file.tokens, starts, block_size, sizes.bos_token_id)
     named = f"rows {', '.join(map(str, rows))}, " if rows else ""
     tokens = ", ".join(f"{start}-{start + block_size}" for start in starts)

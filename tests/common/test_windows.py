@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from common.windows import evaluation_spans, source_rows, training_starts
+from common.windows import back_to_beginnings, evaluation_spans, source_rows, training_starts
 
 
 def test_an_epoch_covers_every_window_once() -> None:
@@ -23,6 +23,16 @@ def test_epochs_and_seeds_differ() -> None:
     first = training_starts(1001, 10, 0, 50, seed=1)
     assert not np.array_equal(first, training_starts(1001, 10, 2, 50, seed=1))
     assert not np.array_equal(first, training_starts(1001, 10, 0, 50, seed=2))
+
+
+def test_windows_move_back_to_where_their_document_begins() -> None:
+    """Seen to fail without the bound of the text's first token, and with the first begin found."""
+    tokens = np.array([1, 8, 9, 8, 1, 8, 1, 8, 8], dtype=np.uint16)
+    starts = np.arange(len(tokens))
+    assert back_to_beginnings(tokens, starts, 4, 1).tolist() == [0, 0, 0, 0, 4, 4, 6, 6, 6]
+    assert back_to_beginnings(tokens, starts, 2, 1).tolist() == [0, 0, 2, 3, 4, 4, 6, 6, 8]
+    stream = np.array([8, 8, 1], dtype=np.uint16)
+    assert back_to_beginnings(stream, starts[:3], 3, 1).tolist() == [0, 1, 2]
 
 
 def test_evaluation_predicts_every_token_but_the_first_once() -> None:

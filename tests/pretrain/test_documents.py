@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from common.token_file import TokenFile, write_token_file
 from common.tokenizer import train_characters
 from common.windows import document_positions
 from pretrain.config import PretrainConfig
-from pretrain.train import evaluate, micro_batches, token_loss
+from pretrain.train import evaluate, micro_batches, step_starts, token_loss
 
 BOS = 1
 ROW = torch.tensor([[8, 9, 2, BOS, 9, 8, 8, 2, BOS, 9]])  # of three documents, the first cut
@@ -84,6 +85,18 @@ def test_loss_is_that_of_each_document_alone(shape: str, attention: str) -> None
     alone = [token_loss(model, ROW[:, a:b], targets[:, a:b]) * (b - a) for a, b in parts]
     torch.testing.assert_close(together, sum(alone) / 9, atol=1e-5, rtol=1e-5)
     assert (token_loss(model, ROW, targets) - together).abs() > 1e-3
+
+
+def test_training_reads_documents_from_their_beginning(tmp_path: Path) -> None:
+    """Seen to fail with windows left where the epoch cuts them."""
+    tokenizer = train_characters(["abc"])
+    write_token_file(["abcab", "cab", "bc"] * 40, tokenizer, tmp_path / "t.bin", documents=True)
+    file = TokenFile(tmp_path / "t.bin")
+    config = PretrainConfig(output_dir="x", data="x", bf16=False)
+    accelerator, sizes = Accelerator(cpu=True), build("modern", "eager").config
+    starts = [step_starts(file, sizes, step, config, accelerator).ravel() for step in range(4)]
+    begun = np.concatenate(starts)
+    assert (file.tokens[begun] == BOS).all() and len(set(begun)) > 10
 
 
 def test_configuration_reaches_training_and_evaluation(

@@ -28,7 +28,8 @@ class Always:
 
     device = torch.device("cpu")
 
-    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+    def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> Any:
+        self.input_ids, self.position_ids = input_ids, position_ids
         logits = torch.zeros(*input_ids.shape, 12)
         logits.scatter_(2, input_ids[..., None], math.log(33))  # 33 / (33 + 11) = 3/4
         return SimpleNamespace(logits=logits)
@@ -46,6 +47,17 @@ def test_parts_sum_to_the_mean(tmp_path: Path) -> None:
         shares = [text.loss(model, 5, part, parts).item() for part in range(parts)]
         assert sum(shares) == pytest.approx(-math.log(3 / 4), rel=1e-5)
     assert text.loss(model, 5, 3, 4).item() == 0  # nothing left to deal out
+
+
+def test_documents_are_read_from_their_beginning_and_apart(tmp_path: Path) -> None:
+    """Seen to fail with windows where the epoch cuts them, and without positions."""
+    tokenizer = train_characters(["abc"])
+    write_token_file(["abcab", "cab"] * 40, tokenizer, tmp_path / "t.bin", documents=True)
+    model = Always()
+    PretrainingText(tmp_path / "t.bin", 6, 8, 0, tokenizer).loss(model, 0, 0, 1)
+    begins = model.input_ids == tokenizer.bos_token_id
+    assert begins[:, 0].all() and begins[:, 1:].any()
+    assert torch.equal(model.position_ids == 0, begins)
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
