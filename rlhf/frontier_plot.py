@@ -1,16 +1,22 @@
-"""The frontier as a picture: the reward model's score and gold against KL, side by side."""
+"""The frontier as a picture: the reward model's score and gold against KL, side by side.
 
+The axis of KL is by its root, as over-optimisation is drawn (Gao et al., arXiv 2210.10760): what a
+policy gains is in proportion to that at first, and runs at 1 and at 13 nats fit on one axis.
+"""
+
+import math
 import statistics
 from typing import Any
 
 WIDTH, HEIGHT, GAP = 430, 320, 70  # of a panel, and left of it, pixels
 TOP = 40
-COLOURS = {
-    "ppo": "#c0392b",
-    "rloo": "#2e6da4",
-    "grpo": "#3a8f3a",
-    "dpo": "#8e5ba6",
-    "best_of_n": "#555555",
+# A method's colour, and where its labels stand beside their dots, pixels.
+STYLES = {
+    "ppo": ("#c0392b", 8, -6),
+    "rloo": ("#2e6da4", 8, 13),
+    "grpo": ("#3a8f3a", -8, -6),
+    "dpo": ("#8e5ba6", 8, -6),
+    "best_of_n": ("#555555", -8, 13),
 }
 PANELS = {
     "score": "the reward model's score",
@@ -28,10 +34,10 @@ def plot_frontier(rows: list[dict[str, Any]]) -> str:
         margin = 0.08 * (high - low) or 0.1
         panel = Panel(GAP + place * (WIDTH + GAP), right, low - margin, high + margin)
         parts.append(panel.frame(title))
-        for method, colour in COLOURS.items():
+        for method, style in STYLES.items():
             own = [row for row in rows if row["method"] == method]
-            parts.append(panel.curve(own, figure, colour))
-    for place, (method, colour) in enumerate(COLOURS.items()):
+            parts.append(panel.curve(own, figure, *style))
+    for place, (method, (colour, *_)) in enumerate(STYLES.items()):
         x = GAP + place * 110
         y = TOP + HEIGHT + 58
         parts.append(f'<circle cx="{x}" cy="{y - 4}" r="5" fill="{colour}"/>')
@@ -44,14 +50,14 @@ def plot_frontier(rows: list[dict[str, Any]]) -> str:
 
 
 class Panel:
-    """One pair of axes: KL from 0 to `right`, a figure from `low` to `high`."""
+    """One pair of axes: KL from 0 to `right`, by its root, and a figure from `low` to `high`."""
 
     def __init__(self, left: float, right: float, low: float, high: float) -> None:
         self.left, self.right, self.low, self.high = left, right, low, high
 
     def x(self, kl: float) -> float:
         """Pixels from the left."""
-        return self.left + WIDTH * kl / self.right
+        return self.left + WIDTH * math.sqrt(max(0.0, kl) / self.right)  # measured, it can be < 0
 
     def y(self, value: float) -> float:
         """Pixels from the top."""
@@ -67,7 +73,7 @@ class Panel:
             "KL to the fine-tuned model, nats an answer</text>"
         ]
         for mark in range(5):
-            kl = self.right * mark / 4
+            kl = self.right * (mark / 4) ** 2
             value = self.low + (self.high - self.low) * mark / 4
             parts.append(
                 f'<text x="{self.x(kl):.1f}" y="{TOP + HEIGHT + 16}" text-anchor="middle">'
@@ -77,8 +83,11 @@ class Panel:
             )
         return "\n".join(parts)
 
-    def curve(self, rows: list[dict[str, Any]], figure: str, colour: str) -> str:
+    def curve(
+        self, rows: list[dict[str, Any]], figure: str, colour: str, aside: int, below: int
+    ) -> str:
         """A method's runs, and the line through its settings' means, each with its setting."""
+        anchor = "start" if aside > 0 else "end"
         parts = [
             f'<circle cx="{self.x(row["kl"]):.1f}" cy="{self.y(row[figure]):.1f}" r="3" '
             f'fill="{colour}" opacity="0.4"/>'
@@ -102,7 +111,7 @@ class Panel:
             x, y = self.x(kl), self.y(value)
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>')
             parts.append(
-                f'<text x="{x + 7:.1f}" y="{y - 6:.1f}" font-size="10" fill="{colour}">'
-                f"{setting}</text>"
+                f'<text x="{x + aside:.1f}" y="{y + below:.1f}" font-size="10" '
+                f'text-anchor="{anchor}" fill="{colour}">{setting}</text>'
             )
         return "\n".join(parts)

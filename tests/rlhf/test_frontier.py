@@ -1,6 +1,7 @@
 """The frontier: runs that are skipped when finished, rows, table and picture."""
 
 import json
+import math
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -136,9 +137,12 @@ def test_rows_of_best_of_n_and_of_runs(tmp_path: Path) -> None:
 
 
 def test_picture_puts_points_where_they_belong() -> None:
-    """By hand on axes from 0 to 4 and from 1 to 3. Broken once: the figure's axis upside down."""
+    """By hand on axes from 0 to 4 (by its root) and from 1 to 3.
+
+    Broken once: the figure's axis upside down; the root left out.
+    """
     panel = Panel(left=100, right=4.0, low=1.0, high=3.0)
-    assert (panel.x(0), panel.x(4)) == (100, 100 + WIDTH)
+    assert (panel.x(-0.1), panel.x(1), panel.x(4)) == (100, 100 + WIDTH / 2, 100 + WIDTH)
     assert (panel.y(3.0), panel.y(2.5), panel.y(1.0)) == (TOP, TOP + HEIGHT / 4, TOP + HEIGHT)
     rows = [
         row("ppo", 0.1, 2.0, score=1.0),
@@ -151,6 +155,8 @@ def test_picture_puts_points_where_they_belong() -> None:
     ]
     # two panels: three runs and two means each; five in the legend
     assert len(circles) == 2 * (3 + 2) + 5
-    curve = panel.curve(rows[:2], "score", "red")
-    assert f'points="{100 + 3 / 4 * WIDTH:.1f},{TOP + HEIGHT / 2:.1f}"' in curve  # the mean
+    curve = panel.curve(rows[:2], "score", "red", 8, -6)
+    assert (
+        f'points="{100 + math.sqrt(3 / 4) * WIDTH:.1f},{TOP + HEIGHT / 2:.1f}"' in curve
+    )  # the mean
     assert ElementTree.fromstring(plot_frontier([])) is not None
