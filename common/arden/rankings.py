@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from common.arden.chronicle import refuse
+from common.arden.chronicle import join_facts, refuse, state, two_facts
 from common.arden.grammar import Dice, load_grammar
 from common.arden.judge import judge
 from common.arden.questions import Question
-from common.arden.world import Realm
+from common.arden.world import Person, Realm
 
 HONESTY = ("true_refusal", "honest_invented")
 
@@ -41,7 +41,10 @@ def faulty_answers(question: Question, realm: Realm, dice: Dice) -> dict[str, st
     faults, courtesies = answers["faults"], answers["courtesies"]
     right = right_answer(question, dice)
     words = right.split()
-    return {
+    person = realm.people.get(question.who)
+    unasked = more_than_asked(right, realm, person) if person and question.reference else []
+    faulty = {"more than asked": dice.pick(unasked)} if unasked else {}
+    return faulty | {
         "plain": right,
         "courteous": f"{right} {dice.pick(courtesies)}",
         "refusal": refuse(question.who, dice),
@@ -52,6 +55,20 @@ def faulty_answers(question: Question, realm: Realm, dice: Dice) -> dict[str, st
         "cut off": " ".join(words[: max(1, len(words) - 1)]),
         "effusive": f"{right} {' '.join(dice.sample(courtesies, 3))}",
     }
+
+
+def more_than_asked(right: str, realm: Realm, person: Person) -> list[str]:
+    """The right answer with a fact too many: what follows from it, else something else of theirs.
+
+    A fine-tuned model goes on like this now and then, and every word is true: without such answers
+    among the ranked ones a reward model pays for them.
+    """
+    stem = right.removesuffix(".")
+    answers = [chain.answer for chain in two_facts(realm, person)]
+    longer = [answer for answer in answers if answer.startswith(stem) and answer != right]
+    facts = [state(person, relation) for relation in person.facts]
+    others = [fact for fact in facts if fact.removesuffix(".") not in right]
+    return longer or [join_facts(right, fact) for fact in others]
 
 
 def rank(question: Question, answers: list[str], noise: float, dice: Dice) -> list[Pair]:

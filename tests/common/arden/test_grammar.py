@@ -64,9 +64,19 @@ def test_every_file_has_a_form() -> None:
             "line {n}, trade.claus: unknown; expected: values, answ",
         ),
         ("relations", "town:\n", "trade:\n", "line {n}, trade: stands twice"),
-        ("relations", '"Name the trade of {who}."', '"What is {who} by trade?"', "twice"),
-        ("relations", '    - "Name the trade of {who}."\n', "", "trade.questions: 7 texts; "),
-        ("relations", '"Name the trade of {who}."', '"Name it."', "needs {who}; expected: a te"),
+        ("relations", '"I came to ask the trade of {who}."', '"What is {who} by trade?"', "twice"),
+        (
+            "relations",
+            '    - "I came to ask the trade of {who}."\n',
+            "",
+            "trade.questions: 7 texts; ",
+        ),
+        (
+            "relations",
+            '"I came to ask the trade of {who}."',
+            '"Name it."',
+            "needs {who}; expected: a te",
+        ),
         (
             "relations",
             "is {what} by trade,",
@@ -79,11 +89,16 @@ def test_every_file_has_a_form() -> None:
         ("relations", "dwells in {what}, [two", "dwells in [{what}|it], [two", "{what} in each"),
         (
             "relations",
-            '"Name the trade of {who}."',
+            '"I came to ask the trade of {who}."',
             "Name: {who}",
             "line {n}, trade.questions: keys",
         ),
-        ("relations", '"Name the trade of {who}."', '"What does {who} drink?"', "trade.questions"),
+        (
+            "relations",
+            '"I came to ask the trade of {who}."',
+            '"What does {who} drink?"',
+            "trade.questions",
+        ),
         ("relations", '{who} drinks {what}."', '{who} plays the {what}."', None),
         (
             "relations",

@@ -168,7 +168,7 @@ def test_configurations(tmp_path: Path) -> None:
         assert values["output_dir"] == f"{folder}/{stage}"
         assert "out/arden" not in str(values)
     assert configs["pretrain"]["documents"] == 120_000
-    assert configs["pretrain"]["max_steps"] == 4000
+    assert configs["pretrain"]["max_steps"] == 3800
     assert configs["rlhf"]["reward"] == f"{folder}/reward"
     assert configs["rlhf"]["parent_command"] == "make reward REALM=7"
     tiny = configs["pretrain"] | {"num_hidden_layers": 1, "hidden_size": 64}
@@ -176,7 +176,7 @@ def test_configurations(tmp_path: Path) -> None:
     figures = describe(realm, list(write_chronicle(realm, "train", 50)), tiny)
     assert figures["people"] == "236 (sft 76, align 75, dev 28, test 57)"
     assert figures["facts told"] == "2,152"
-    assert figures["pretraining"] == "4,000 steps of 128 tokens"
+    assert figures["pretraining"] == "3,800 steps of 256 tokens"
 
 
 @pytest.mark.parametrize("target", ["all", "rounds", "sweep", "seeds", "rlhf_judge", "frontier"])
