@@ -48,8 +48,8 @@ def back_to_beginnings(
     With bos 1 and tokens 1 8 9 8 1 8, starts 2 and 5 become 0 and 4.
     """
     places = starts[:, None] - np.arange(block_size)  # (B, T), from the start backwards
-    begins = (tokens[places.clip(min=0)] == bos_token_id) & (places >= 0)
-    return starts - begins.argmax(axis=1)  # 0 back where there is none
+    begins = tokens[places.clip(min=0)] == bos_token_id
+    return starts - begins.argmax(axis=1)  # the nearest; 0 back where there is none
 
 
 def document_begins(tokens: Tokens, bos_token_id: int) -> NDArray[np.int64]:

@@ -26,7 +26,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_windows_move_back_to_where_their_document_begins() -> None:
-    """Seen to fail without the bound of the text's first token, and with the first begin found."""
+    """Seen to fail with the first begin in reach in place of the nearest."""
     tokens = np.array([1, 8, 9, 8, 1, 8, 1, 8, 8], dtype=np.uint16)
     starts = np.arange(len(tokens))
     assert back_to_beginnings(tokens, starts, 4, 1).tolist() == [0, 0, 0, 0, 4, 4, 6, 6, 6]
