@@ -156,7 +156,6 @@ def test_picture_puts_points_where_they_belong() -> None:
     # two panels: three runs and two means each; five in the legend
     assert len(circles) == 2 * (3 + 2) + 5
     curve = panel.curve(rows[:2], "score", "red", 8, -6)
-    assert (
-        f'points="{100 + math.sqrt(3 / 4) * WIDTH:.1f},{TOP + HEIGHT / 2:.1f}"' in curve
-    )  # the mean
+    mean = f"{100 + math.sqrt(3 / 4) * WIDTH:.1f},{TOP + HEIGHT / 2:.1f}"
+    assert f'points="{mean}"' in curve
     assert ElementTree.fromstring(plot_frontier([])) is not None
