@@ -49,7 +49,7 @@ SHORT: dict[str, dict[str, Any]] = {
         "best_of": 2,
         "ptx_coef": 1.0,
         "num_updates": 2,
-        "per_device_train_batch_size": 8,
+        "per_device_train_batch_size": 2,
         "max_completion_length": 16,
         "evaluate_on": "dev",
     },
@@ -178,7 +178,7 @@ def test_two_processes_give_what_one_gives(folder: Path, stage: str, tolerance: 
 
 
 def test_rlhf_runs_on_two_processes(folder: Path) -> None:
-    run_stage("rlhf", folder, name="rlhf_two", processes=2, per_device_train_batch_size=4)
+    run_stage("rlhf", folder, name="rlhf_two", processes=2, per_device_train_batch_size=1)
     assert summary(folder / "rlhf_two").keys() == summary(folder / "rlhf").keys()
 
 

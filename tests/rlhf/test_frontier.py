@@ -40,7 +40,8 @@ def test_a_tiny_frontier(
     stage = yaml.safe_load(Path("configs/arden/rlhf.yaml").read_text())
     stage |= {"model_name_or_path": str(policy), "reward": str(reward), "evaluate_on": "dev"}
     stage |= {"prompts": 16, "eval_prompts": 8, "num_updates": 1, "max_completion_length": 4}
-    stage |= {"per_device_train_batch_size": 4, "learning_rate": 0.1}
+    stage |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    stage |= {"learning_rate": 0.1}
     (tmp_path / "rlhf.yaml").write_text(yaml.safe_dump(stage))
     flags = ["--stage_config", str(tmp_path / "rlhf.yaml"), "--output_dir", str(tmp_path / "out")]
     run = ["frontier", *flags, "--betas", "0.1", "--seeds", "3", "--n", "1", "2"]
