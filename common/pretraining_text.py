@@ -64,11 +64,10 @@ class PretrainingText:
             parts: processes times micro-batches.
         """
         size = self.block_size
-        starts = training_starts(len(self.file), size, step, self.windows, self.seed)
-        starts = back_to_beginnings(self.file.tokens, starts, size, self.bos_token_id)
-        mine = starts[part::parts]
+        mine = training_starts(len(self.file), size, step, self.windows, self.seed)[part::parts]
         if not len(mine):
             return torch.zeros((), device=model.device)
+        mine = back_to_beginnings(self.file.tokens, mine, size, self.bos_token_id)
         inputs, targets = (x.to(model.device) for x in self.file.batch(mine, size))
         positions = document_positions(inputs, self.bos_token_id)
         logits = model(input_ids=inputs, position_ids=positions, use_cache=False).logits.float()

@@ -181,8 +181,8 @@ def micro_batches(
 ) -> Iterator[Batch]:
     """This process's micro-batches of a step, on its device; `sizes` is the model's config."""
     block_size = sizes.max_position_embeddings
-    starts = step_starts(file, sizes, step, config, accelerator)
-    for part in starts[accelerator.process_index :: accelerator.num_processes]:
+    own = slice(accelerator.process_index, None, accelerator.num_processes)
+    for part in step_starts(file, sizes, step, config, accelerator, own):
         inputs, targets = (x.to(accelerator.device) for x in file.batch(part, block_size))
         yield inputs, targets, packed_positions(inputs, sizes, config)
 
@@ -193,15 +193,21 @@ def packed_positions(inputs: Tensor, sizes: Any, config: PretrainConfig) -> Tens
 
 
 def step_starts(
-    file: TokenFile, sizes: Any, step: int, config: PretrainConfig, accelerator: Accelerator
+    file: TokenFile,
+    sizes: Any,
+    step: int,
+    config: PretrainConfig,
+    accelerator: Accelerator,
+    own: slice = slice(None),
 ) -> NDArray[np.int64]:
-    """Where the windows of a step start, of all processes: (micro-batches, windows)."""
+    """Where a step's windows start: (micro-batches, windows), those of all processes or `own`."""
     block_size = sizes.max_position_embeddings
     size = config.per_device_train_batch_size
     count = config.gradient_accumulation_steps * accelerator.num_processes
     starts = training_starts(len(file), block_size, step, size * count, config.seed)
-    starts = back_to_beginnings(file.tokens, starts, block_size, sizes.bos_token_id)
-    return starts.reshape(count, size)
+    starts = starts.reshape(count, size)[own]
+    moved = back_to_beginnings(file.tokens, starts.ravel(), block_size, sizes.bos_token_id)
+    return moved.reshape(starts.shape)
 
 
 def describe_step(
