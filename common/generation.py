@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.batches import BATCH, Chat, by_length, pad, render
+from common.decoding import sample_unended
 
 MOST_ROWS = 4 * BATCH  # sampled at a time: their keys and values are kept
 
@@ -58,6 +59,7 @@ def generate_answers(
                 top_k=0 if temperature > 0 else None,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
+                custom_generate=sample_unended,
             )
             texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
             for row, text in enumerate(texts):

@@ -39,6 +39,7 @@ from rlhf.critic import (
     token_logprobs,
 )
 from rlhf.prompts import check_inputs
+from rlhf.rollout import drop_ended
 from rlhf.score import RewardFunc, TokenScorer, as_function, turn_suffix
 
 VALUE_MODEL = "value_model"
@@ -96,6 +97,7 @@ class ActorCriticTrainer(RLOOTrainer):
             self.ptx = PretrainingText(
                 args.ptx_data, args.ptx_windows, block_size, args.seed, tokenizer
             )
+        drop_ended(self)
         self._add_critic(next((f for f in scorers if isinstance(f, TokenScorer)), None))
 
     def _add_critic(self, scorer: TokenScorer | None) -> None:

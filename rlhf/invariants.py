@@ -14,14 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from rlhf.loss import policy_stats
-from rlhf.rollout import Rollout
+from rlhf.rollout import SHARDED, Rollout
 
 SAME_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class BrokenInvariant(RuntimeError):

@@ -25,6 +25,7 @@ from common.errors import UserError
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
 from rlhf.rewards import score_answers, weigh
+from rlhf.rollout import drop_ended
 from rlhf.score import as_function, turn_suffix
 from rlhf.trainer import PPOTrainer
 
@@ -80,10 +81,12 @@ def build_trainer(method: str, rewards: list[Any], args: PPOConfig, **rest: Any)
     suffix = turn_suffix(tokenizer) if conversational else []
     functions = [as_function(f, tokenizer, suffix, batch_size, device) for f in rewards]
     functions.append(missing_eos(tokenizer.eos_token_id))
-    trainer: Any = RLOOTrainer if method == "rloo" else GRPOTrainer
+    trainer_class: Any = RLOOTrainer if method == "rloo" else GRPOTrainer
     config: Any = trl_config(args, RLOOConfig if method == "rloo" else GRPOConfig)
     config.reward_weights = [*weights, args.missing_eos_penalty]
-    return trainer(reward_funcs=functions, args=config, **rest)
+    trainer = trainer_class(reward_funcs=functions, args=config, **rest)
+    drop_ended(trainer)
+    return trainer
 
 
 def build_dpo(

@@ -1,5 +1,6 @@
 """RLOO and GRPO from PPO's configuration, on the same rewards."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from conftest import build_tokenizer, count_w5, prompts
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from common.decoding import sample_unended
 from common.errors import UserError
 from common.generation import generate_answers
 from rlhf.config import PPOConfig
@@ -52,11 +54,21 @@ def test_one_configuration_for_all(tmp_path: Path, kind: type) -> None:
 
 
 @pytest.mark.parametrize("method", ["ppo", "rloo", "grpo"])
-def test_every_method_learns(tmp_path: Path, policy_path: str, method: str) -> None:
-    """The share of w5 grows, and what is saved loads as a plain model.
+def test_every_method_learns(
+    tmp_path: Path, policy_path: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The share of w5 grows, each rollout leaves ended rows, what is saved loads as a plain model.
 
-    Broken once: advantages of RLOO negated by a weight of -1.
+    Broken once: advantages of RLOO negated by a weight of -1; `drop_ended` left out of both ways.
     """
+    rollouts = []
+
+    @functools.wraps(sample_unended)
+    def sample(*args: Any, **named: Any) -> Any:
+        rollouts.append(len(args[1]))
+        return sample_unended(*args, **named)
+
+    monkeypatch.setattr("rlhf.rollout.sample_unended", sample)
     trainer: Any = build_trainer(
         method,
         [count_w5],
@@ -74,6 +86,7 @@ def test_every_method_learns(tmp_path: Path, policy_path: str, method: str) -> N
         if "rewards/count_w5/mean" in line
     ]
     assert shares[0] < 0.2 and shares[-1] > 0.5
+    assert rollouts == [trainer.args.generation_batch_size] * 12
     model = plain_policy(trainer.accelerator.unwrap_model(trainer.model))
     model.save_pretrained(tmp_path / "final")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")

@@ -1,0 +1,111 @@
+"""Sampling that leaves ended rows behind, against transformers' loop and exact probabilities."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from common.decoding import sample_unended
+from tests.toy import save_toy
+
+PAD = 0
+ENDS = list(range(1, 60))  # so many that rows end soon, and apart
+
+
+def load(kind: str, folder: Path) -> Any:
+    """A model with weights large enough to prefer something."""
+    torch.manual_seed(0)
+    if kind != "transformers":
+        return AutoModelForCausalLM.from_pretrained(save_toy(folder, kind, weights=0.2))
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    config.initializer_range = 0.2
+    return GPT2LMHeadModel(config).eval()
+
+
+def prompts(rows: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask of prompts of one to nine tokens, padded on the left."""
+    torch.manual_seed(1)
+    ids, mask = torch.randint(60, 250, (rows, 9)), torch.ones(rows, 9, dtype=torch.long)
+    for row in range(rows):
+        mask[row, : row % 9] = 0
+    return torch.where(mask == 1, ids, PAD), mask
+
+
+def generate(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    """`model.generate` with this file's ends; greedy unless said."""
+    rules: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12} | options
+    return model.generate(ids, attention_mask=mask, eos_token_id=ENDS, pad_token_id=PAD, **rules)
+
+
+@pytest.mark.parametrize("kind", ["modern", "lesson", "transformers"])
+def test_greedy_is_as_transformers_has_it(kind: str, tmp_path: Path) -> None:
+    """And each step reads the rows alone that have not ended.
+
+    Broken by leaving the positions of the rows that stay unselected, and by a cache of all rows.
+    """
+    model = load(kind, tmp_path)
+    ids, mask = prompts(24)
+    plain = generate(model, ids, mask)
+    new = plain[:, ids.shape[1] :]
+    lengths = (new != PAD).sum(1)
+    assert lengths.min() < 3 < 6 < lengths.max() and len(set(lengths.tolist())) > 4
+    read: list[int] = []
+    watch = model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    assert torch.equal(generate(model, ids, mask, custom_generate=sample_unended), plain)
+    watch.remove()
+    assert read == [int((lengths > step).sum()) for step in range(len(read))]
+
+
+def test_drawn_by_the_exact_probabilities(tmp_path: Path) -> None:
+    """Of 6,000 draws the second token's shares among all, at a temperature and among the likeliest.
+
+    Broken by drawing from the logits as they are, and by those of the row before.
+    """
+    model = load("modern", tmp_path)
+    ids, mask = prompts(3)
+    rules: dict[str, Any] = {"temperature": 0.7, "top_k": 8}
+    draws = 6_000
+    new = generate(
+        model,
+        ids.repeat_interleave(draws, 0),
+        mask.repeat_interleave(draws, 0),
+        do_sample=True,
+        max_new_tokens=2,
+        custom_generate=sample_unended,
+        **rules,
+    )[:, ids.shape[1] :].view(3, draws, 2)
+
+    def exact(row: int, more: list[int]) -> Tensor:
+        context = torch.cat([ids[row][mask[row] == 1], torch.tensor(more, dtype=torch.long)])
+        with torch.no_grad():
+            logits = model(context[None]).logits[0, -1] / rules["temperature"]
+        cut = logits < logits.topk(rules["top_k"]).values[-1]
+        return logits.masked_fill(cut, -torch.inf).softmax(-1)
+
+    for row in range(3):
+        first = exact(row, [])
+        second = torch.zeros_like(first)
+        for token in first.nonzero()[:, 0].tolist():
+            if token in ENDS:
+                second[PAD] += first[token]
+            else:
+                second += first[token] * exact(row, [token])
+        for place, expected in ((0, first), (1, second)):
+            shares = torch.bincount(new[row, :, place], minlength=len(expected)) / draws
+            error = (expected * (1 - expected) / draws).sqrt()
+            assert ((shares - expected).abs() <= 4.5 * error + 1e-6).all()
+
+
+@pytest.mark.parametrize("way", [{"use_cache": False}, {"cache_implementation": "static"}])
+def test_where_rows_cannot_leave_it_is_theirs(way: dict[str, Any], tmp_path: Path) -> None:
+    """Without a cache, and with one of fixed size. Broken by dropping there, too: neither has rows
+    to select."""
+    model = load("modern", tmp_path)
+    ids, mask = prompts(8)
+    options = way | {"disable_compile": True, "custom_generate": sample_unended}
+    assert torch.equal(generate(model, ids, mask, **options), generate(model, ids, mask))
