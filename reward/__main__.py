@@ -44,8 +44,8 @@ from reward.collect import EVALUATED_ON, collect
 from reward.config import RewardModelConfig
 from reward.figures import (
     accuracy_figures,
-    calibration_error,
-    calibration_error_by_chance,
+    calibration_figures,
+    label_probabilities,
     length_figures,
     reliability,
 )
@@ -102,11 +102,12 @@ def main() -> None:
         side: score_chats(model, tokenizer, [row["prompt"] + row[side] for row in held_out])
         for side in ("chosen", "rejected")
     }
-    summary = measure(model, tokenizer, stage, held_out, scores)
+    probabilities = label_probabilities(held_out, scores["chosen"], scores["rejected"])
+    summary = measure(model, tokenizer, stage, held_out, scores, probabilities)
     summary |= {"pairs": len(train) - lengths.truncated, "train_seconds": seconds}
-    report = write_report(summary, held_out, scores["chosen"], scores["rejected"])
+    report = write_report(summary, held_out, scores["chosen"], scores["rejected"], probabilities)
     write_text(stage.output.path / "report.md", report)
-    plot = draw_reliability(reliability(scores["chosen"], scores["rejected"]))
+    plot = draw_reliability(reliability(probabilities))
     write_text(stage.output.path / "reliability.svg", plot)
     shown = list(held_out.select(range(min(20, len(held_out)))))
     samples = format_samples(
@@ -165,6 +166,7 @@ def measure(
     stage: Stage,
     pairs: Dataset,
     scores: dict[str, list[float]],
+    probabilities: list[float],
 ) -> dict[str, Any]:
     """All figures of held-out pairs and the verdict on them, for the summary."""
     chosen, rejected = scores["chosen"], scores["rejected"]
@@ -176,9 +178,7 @@ def measure(
             judge(pairs["prompt"], pairs["rejected"]),
         )
     figures: dict[str, Any] = accuracy_figures(pairs, chosen, rejected)
-    bins = reliability(chosen, rejected)
-    figures["calibration_error"] = calibration_error(bins)
-    figures["calibration_error_by_chance"] = calibration_error_by_chance(bins)
+    figures |= calibration_figures(probabilities, chosen, rejected)
     figures |= length_figures(pairs, chosen, rejected, gold)
     good = [row["prompt"] + row["rejected" if row["flipped"] else "chosen"] for row in pairs]
     figures |= spam_figures(model, tokenizer, good)

@@ -6,9 +6,12 @@ Everything here is arithmetic on scores: (N,) lists of the chosen and of the rej
 import math
 from dataclasses import dataclass
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 
 BINS = 10  # of the reliability table
+FOLDS = 5
 
 
 def accuracy_figures(
@@ -49,6 +52,76 @@ def margins(pairs: Dataset, chosen: list[float], rejected: list[float]) -> list[
     ]
 
 
+def link(differences: Tensor, slope: float, error_rate: float | Tensor) -> Tensor:
+    """From the difference of two scores to the probability that a label prefers the first.
+
+    Bradley and Terry's sigmoid, for a labeller who errs at a rate of his own whatever the pair
+    (Christiano et al. 2017, arXiv:1706.03741, section 2.2.3): however far apart two answers are, no
+    label is surer than 1 - `error_rate`.
+    """
+    return error_rate + (1 - 2 * error_rate) * torch.sigmoid(slope * differences)
+
+
+def fit_link(differences: Tensor) -> tuple[float, float]:
+    """Slope and error rate, the likeliest of a grid for labels that all prefer the first answer.
+
+    Args:
+        differences: (N,) scores of the chosen answers less those of the rejected.
+    """
+    slopes = torch.logspace(-2, 2, 81).tolist()
+    error_rates = torch.linspace(0, 0.45, 91)[:, None]
+    likelihoods = [link(differences, slope, error_rates).log().sum(1) for slope in slopes]
+    best = int(torch.stack(likelihoods).argmax())
+    return slopes[best // len(error_rates)], error_rates[best % len(error_rates)].item()
+
+
+def label_probabilities(pairs: Dataset, chosen: list[float], rejected: list[float]) -> list[float]:
+    """The probability of each pair's label, by a link fitted on the pairs of other prompts.
+
+    Args:
+        pairs: with `prompt`; their prompts are dealt out to five folds.
+        chosen, rejected: scores of each pair's answers.
+    """
+    numbers: dict[str, int] = {}
+    folds = torch.tensor(
+        [numbers.setdefault(str(p), len(numbers)) % FOLDS for p in pairs["prompt"]]
+    )
+    differences = torch.tensor(chosen) - torch.tensor(rejected)
+    probabilities = torch.empty_like(differences)
+    for fold in folds.unique():
+        own = folds == fold
+        probabilities[own] = link(differences[own], *fit_link(differences[~own]))
+    return probabilities.tolist()
+
+
+def calibration_figures(
+    probabilities: list[float], chosen: list[float], rejected: list[float]
+) -> dict[str, float]:
+    """How far it can be believed to be as sure as it says.
+
+    Args:
+        probabilities: those of `label_probabilities`.
+        chosen, rejected: scores of each pair's answers.
+
+    Returns:
+        `calibration_error` of the probabilities with what chance would show in so few pairs,
+        `calibration_error_as_trained` of the sigmoid of the scores' difference, which the loss had
+        in mind, and the link of all pairs: `link_slope`, `link_error_rate`.
+    """
+    differences = torch.tensor(chosen) - torch.tensor(rejected)
+    bins = reliability(probabilities)
+    slope, error_rate = fit_link(differences)
+    return {
+        "calibration_error": calibration_error(bins),
+        "calibration_error_by_chance": calibration_error_by_chance(bins),
+        "calibration_error_as_trained": calibration_error(
+            reliability(torch.sigmoid(differences).tolist())
+        ),
+        "link_slope": slope,
+        "link_error_rate": error_rate,
+    }
+
+
 @dataclass(frozen=True)
 class ReliabilityBin:
     """Pairs of which the model is about equally sure."""
@@ -58,18 +131,20 @@ class ReliabilityBin:
     agreement: float  # share of the labels that prefer it, too
 
 
-def reliability(chosen: list[float], rejected: list[float]) -> list[ReliabilityBin]:
+def reliability(probabilities: list[float]) -> list[ReliabilityBin]:
     """Is it right as often as it is sure?
 
-    By Bradley and Terry the model prefers an answer with probability sigmoid(difference of the
-    scores). Each pair is taken from the model's side: its confidence is that of the answer it
-    prefers, from 0.5 to 1, and the label, as given, agrees or not (a tie agrees by half). Pairs
-    are sorted into ten ranges of confidence of equal width; empty ones are left out.
+    Each pair is taken from the model's side: its confidence is that of the answer it prefers, from
+    0.5 to 1, and the label, as given, agrees or not (a tie agrees by half). Pairs are sorted into
+    ten ranges of confidence of equal width; empty ones are left out.
+
+    Args:
+        probabilities: that the model gives to the chosen answer of each pair.
     """
     found: dict[int, list[tuple[float, float]]] = {}
-    for a, b in zip(chosen, rejected, strict=True):
-        confidence = 1 / (1 + math.exp(-abs(a - b)))
-        agreement = 0.5 if a == b else float(a > b)
+    for probability in probabilities:
+        confidence = max(probability, 1 - probability)
+        agreement = 0.5 if probability == 0.5 else float(probability > 0.5)
         place = min(BINS - 1, int((confidence - 0.5) * 2 * BINS))
         found.setdefault(place, []).append((confidence, agreement))
     return [

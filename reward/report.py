@@ -10,15 +10,19 @@ SIDE, EDGE = 300, 40  # pixels: of the plot, and of the margin around it
 
 
 def write_report(
-    figures: dict[str, Any], pairs: Dataset, chosen: list[float], rejected: list[float]
+    figures: dict[str, Any],
+    pairs: Dataset,
+    chosen: list[float],
+    rejected: list[float],
+    probabilities: list[float],
 ) -> str:
     """The report as Markdown.
 
     Args:
         figures: the summary's.
-        pairs, chosen, rejected: as in `reward.figures`.
+        pairs, chosen, rejected, probabilities: as in `reward.figures`.
     """
-    bins = reliability(chosen, rejected)
+    bins = reliability(probabilities)
     verdict = "go" if figures["go"] else "no-go"
     lines = [f"# Reward model: {verdict} for PPO\n"]
     lines += [f"- {reason}" for reason in figures["no_go_reasons"]] or [
@@ -30,18 +34,22 @@ def write_report(
         "|---|---|---|---|---|---|",
     ]
     everything = list(range(len(pairs)))
+    columns = chosen, rejected, probabilities
     kinds = {
         kind: [place for place in everything if pairs["kind"][place] == kind]
         for kind in sorted(set(pairs["kind"]))
     }
     for name, places in {"all": everything, **kinds}.items():
-        lines.append(_row(name, pairs.select(places), *_at(places, chosen, rejected)))
+        lines.append(_row(name, pairs.select(places), *_at(places, *columns)))
     lines += [
         "\n## Reliability\n",
-        "How sure it is of the answer it prefers, sigmoid(score difference), and how often the "
-        "labels as given prefer it, too. Calibration error "
-        f"{figures['calibration_error']:.3f}; of that many pairs a perfect model would show about "
-        f"{figures['calibration_error_by_chance']:.3f} by chance.\n",
+        "How sure it is of the answer it prefers, and how often the labels as given prefer it, "
+        "too. For a score difference d it is sure by e + (1 - 2 e) sigmoid(s d), a labeller who "
+        f"errs in a share e of all pairs: e = {figures['link_error_rate']:.3f} and "
+        f"s = {figures['link_slope']:.2f} fit these pairs best; for each row they were fitted on "
+        f"other prompts. Calibration error {figures['calibration_error']:.3f}, of sigmoid(d) alone "
+        f"{figures['calibration_error_as_trained']:.3f}; of that many pairs a perfect model would "
+        f"show about {figures['calibration_error_by_chance']:.3f} by chance.\n",
         "![reliability](reliability.svg)\n",
         "| pairs | sure | agrees |",
         "|---|---|---|",
@@ -61,12 +69,18 @@ def _at(places: list[int], *columns: list[float]) -> list[list[float]]:
     return [[column[place] for place in places] for column in columns]
 
 
-def _row(name: str, pairs: Dataset, chosen: list[float], rejected: list[float]) -> str:
+def _row(
+    name: str,
+    pairs: Dataset,
+    chosen: list[float],
+    rejected: list[float],
+    probabilities: list[float],
+) -> str:
     distances = margins(pairs, chosen, rejected)
     count = len(pairs)
     given = sum(a > b for a, b in zip(chosen, rejected, strict=True)) / count
     clean = sum(distance > 0 for distance in distances) / count
-    error = calibration_error(reliability(chosen, rejected))
+    error = calibration_error(reliability(probabilities))
     return (
         f"| {name} | {count} | {given:.3f} | {clean:.3f} | {sum(distances) / count:.2f} "
         f"| {error:.3f} |"

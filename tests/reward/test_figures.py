@@ -1,16 +1,20 @@
 """Accuracy, calibration and length worked by hand; correlations against numpy."""
 
-import math
+from typing import Any
 
 import numpy
 import pytest
+import torch
 from datasets import Dataset
 
 from reward.figures import (
     accuracy_figures,
     calibration_error,
     calibration_error_by_chance,
+    calibration_figures,
     correlation,
+    fit_link,
+    label_probabilities,
     length_figures,
     partial_correlation,
     reliability,
@@ -47,41 +51,70 @@ def test_accuracy_and_margin_by_hand() -> None:
     assert (figures["pairs_x"], figures["pairs_y"]) == (2, 2)
 
 
-def logit(probability: float) -> float:
-    return math.log(probability / (1 - probability))
-
-
 def test_calibration_by_hand() -> None:
     """Eight pairs sure to 0.88, of which six agree, two sure to 0.62 in the wrong.
 
     Error: (8 |0.88 - 0.75| + 2 |0.62 - 0|) / 10. Broken by taking the probability of the chosen
     answer in place of the preferred one.
     """
-    sure, unsure = logit(0.88), logit(0.62)
-    chosen = [sure] * 6 + [0.0] * 2 + [0.0] * 2
-    rejected = [0.0] * 6 + [sure] * 2 + [unsure] * 2
-    bins = reliability(chosen, rejected)
+    bins = reliability([0.88] * 6 + [0.12] * 2 + [0.38] * 2)
     assert [(b.pairs, round(b.confidence, 9), b.agreement) for b in bins] == [
         (2, 0.62, 0.0),
         (8, 0.88, 0.75),
     ]
     assert calibration_error(bins) == pytest.approx((8 * 0.13 + 2 * 0.62) / 10)
-    assert reliability([1.0], [1.0])[0].agreement == 0.5
-    assert reliability([800.0], [-800.0])[0].confidence == 1.0
+    assert reliability([0.5])[0].agreement == 0.5
+    assert reliability([1.0])[0].confidence == 1.0
+
+
+def drawn_differences(count: int, slope: float, error_rate: float, seed: int) -> Any:
+    """Differences chosen - rejected whose labels a labeller drew who errs at `error_rate`."""
+    dice = numpy.random.default_rng(seed)
+    difference = dice.normal(0, 2, count)
+    prefers = error_rate + (1 - 2 * error_rate) / (1 + numpy.exp(-slope * difference))
+    return numpy.where(dice.random(count) < prefers, difference, -difference)
 
 
 def test_a_calibrated_model_shows_what_chance_shows() -> None:
     """Labels drawn by the model's own probabilities; the mean of 200 draws. Broken by leaving pi
     out of the formula."""
-    dice = numpy.random.default_rng(0)
     errors, expected = [], []
-    for _ in range(200):
-        difference = dice.normal(0, 2, 300)
-        agrees = dice.random(300) < 1 / (1 + numpy.exp(-difference))
-        bins = reliability(list(numpy.where(agrees, difference, -difference)), [0.0] * 300)
+    for seed in range(200):
+        differences = torch.tensor(drawn_differences(300, 1.0, 0.0, seed))
+        bins = reliability(torch.sigmoid(differences).tolist())
         errors.append(calibration_error(bins))
         expected.append(calibration_error_by_chance(bins))
     assert numpy.mean(errors) == pytest.approx(numpy.mean(expected), rel=0.1)
+
+
+def test_the_link_finds_the_labeller() -> None:
+    """From 20,000 of his labels, error rate and slope; of a perfect one an error rate near 0.
+
+    Broken by a factor of (1 - error_rate) in the link.
+    """
+    slope, error_rate = fit_link(torch.tensor(drawn_differences(20_000, 3.0, 0.1, seed=0)))
+    assert slope == pytest.approx(3.0, rel=0.15) and error_rate == pytest.approx(0.1, abs=0.011)
+    slope, error_rate = fit_link(torch.tensor(drawn_differences(20_000, 2.0, 0.0, seed=1)))
+    assert slope == pytest.approx(2.0, rel=0.15) and error_rate < 0.02
+
+
+def test_the_link_calibrates_pairs_it_was_not_fitted_on() -> None:
+    """A model surer than its labeller is off as trained, and by chance alone with the link.
+
+    And a label that contradicts all others counts in the others' links, not in its own. Broken by
+    fitting each fold's link on its own pairs.
+    """
+    differences = drawn_differences(3_000, 3.0, 0.1, seed=2)
+    zeros = [0.0] * len(differences)
+    many = Dataset.from_dict({"prompt": [str(place // 3) for place in range(len(differences))]})
+    probabilities = label_probabilities(many, list(differences), zeros)
+    figures = calibration_figures(probabilities, list(differences), zeros)
+    assert figures["calibration_error"] < 2 * figures["calibration_error_by_chance"] < 0.03
+    assert figures["calibration_error_as_trained"] > 0.05
+    assert figures["link_error_rate"] == pytest.approx(0.1, abs=0.03)
+    five = Dataset.from_dict({"prompt": list("abcde")})
+    apart = label_probabilities(five, [1.0, 1.0, 1.0, 1.0, -1.0], [0.0] * 5)
+    assert apart[4] < 0.01 and max(apart[:4]) < 0.9
 
 
 def test_correlations_against_numpy() -> None:

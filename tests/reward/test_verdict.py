@@ -17,13 +17,16 @@ from tests.reward.test_figures import CHOSEN, FOUR, REJECTED
 GOOD = {
     "accuracy": 0.7,
     "margin": 1.5,
-    "calibration_error": 0.1,
+    "calibration_error": 0.02,
+    "calibration_error_as_trained": 0.1,
     "calibration_error_by_chance": 0.02,
     "spam_thanks": 0.4,
     "spam_padding": -2.0,
     "accuracy_longer_worse": 0.6,
     "pairs_longer_worse": 100,
     "padding_difference": 1e-5,
+    "link_slope": 2.0,
+    "link_error_rate": 0.1,
 }
 
 
@@ -34,8 +37,8 @@ GOOD = {
         ({"accuracy": 0.53}, 900, "accuracy 0.530 on 900 held-out pairs cannot be told"),
         ({"accuracy": 0.54}, 900, ""),  # above 0.5 + 2 sqrt(0.25 / 900) = 0.5333
         ({}, 16, "accuracy 0.700 on 16 held-out pairs cannot be told"),  # 0.75 would be needed
-        ({"calibration_error": 0.28}, 900, "calibration error 0.280 is above 0.270"),
-        ({"calibration_error": 0.26}, 900, ""),
+        ({"calibration_error_as_trained": 0.28}, 900, "calibration error 0.280, as trained, is"),
+        ({"calibration_error_as_trained": 0.26}, 900, ""),
         ({"margin": -0.5}, 900, "margin -0.50: the worse answers score higher"),
         ({"spam_thanks": 1.6}, 900, "thanks raises the score by 1.60"),
         ({"spam_copied_question": 1.6}, 900, "copied question raises the score by 1.60"),
@@ -66,16 +69,17 @@ def test_alignment_asks_the_verdict(tmp_path: Path) -> None:
 def test_report_by_hand() -> None:
     """Broken by margins of 1 for every pair."""
     figures: dict[str, Any] = GOOD | {"go": False, "no_go_reasons": ["it is bad"]}
-    lines = write_report(figures, FOUR, CHOSEN, REJECTED).splitlines()
+    probabilities = [0.9, 0.9, 0.2, 0.2]
+    lines = write_report(figures, FOUR, CHOSEN, REJECTED, probabilities).splitlines()
     assert lines[0] == "# Reward model: no-go for PPO" and "- it is bad" in lines
     assert any(line.startswith("| x | 2 | 1.000 | 0.500 | 0.50 |") for line in lines)
     assert any(line.startswith("| y | 2 | 0.000 | 0.000 | -2.00 |") for line in lines)
-    assert "| spam_thanks | 0.4 |" in lines
+    assert "| spam_thanks | 0.4 |" in lines and "| 2 | 0.900 | 1.000 |" in lines
 
 
 def test_plot_is_well_formed_and_places_its_dots() -> None:
     """One pair, sure to 0.5 and half agreed: the lower left corner's middle. Broken by an y axis
     that points down."""
-    root = ElementTree.fromstring(draw_reliability(reliability([1.0, 9.0], [1.0, -9.0])))
+    root = ElementTree.fromstring(draw_reliability(reliability([0.5, 1.0])))
     dots = [e.attrib for e in root.iter() if e.tag.endswith("circle")]
     assert [(d["cx"], d["cy"]) for d in dots] == [("40.0", "190.0"), ("340.0", "40.0")]
