@@ -83,13 +83,12 @@ def main() -> None:
     lengths.require_context(stage.parent)
     held_out = keep_fitting(held_out, tokenizer, args.max_length)
     torch.manual_seed(args.seed)  # of the new head
-    columns = LEARNED + ["margin"] * config.margins
     trainer_class = GroupedRewardTrainer if config.pairs_together else RewardTrainer
     trainer = trainer_class(
         model=build_scorer(stage.parent, tokenizer, config.answer_logprobs),
         args=args,
-        train_dataset=train.select_columns(columns),
-        eval_dataset=evaluated.select_columns(columns) if evaluated else None,
+        train_dataset=learned(train, config.margins),
+        eval_dataset=learned(evaluated, config.margins) if evaluated else None,
         processing_class=tokenizer,
         callbacks=[MetricsFile(stage.output.path / "metrics.jsonl"), *callbacks],
     )
@@ -136,6 +135,14 @@ def build_scorer(
 def read_pairs(folder: Path, split: str) -> Dataset:
     """The ranked pairs of a split."""
     return Dataset.from_json(str(folder / f"{split}.jsonl"))
+
+
+def learned(pairs: Dataset, margins: float) -> Dataset:
+    """The columns that are trained on, with the margins asked for, if any."""
+    if not margins:
+        return pairs.select_columns(LEARNED)
+    scaled = pairs.map(lambda row: {"margin": margins * row["margin"]})
+    return scaled.select_columns([*LEARNED, "margin"])
 
 
 def keep_fitting(

@@ -65,6 +65,9 @@ class RewardModelConfig(RankingConfig):
         default=False,
         metadata={"help": "score also by how likely the model finds the answer itself"},
     )
-    margins: bool = field(
-        default=False, metadata={"help": "ask for score differences of at least the `margin` given"}
+    margins: float = field(
+        default=0.0,
+        metadata={
+            "help": "ask for score differences of at least so many times the `margin` given; 0: no"
+        },
     )

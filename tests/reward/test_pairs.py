@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 from common.tokenizer import load_tokenizer
+from reward.__main__ import learned
 from reward.pairs import GroupCollator, GroupedRewardTrainer, group_pairs
 from tests.toy import save_toy
 
@@ -31,6 +32,16 @@ def test_groups_and_batch_by_hand() -> None:
     assert batch["attention_mask"] == [[1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 1, 0]]
     assert batch["better"] == [0, 0, 3] and batch["worse"] == [1, 2, 4]
     assert batch["weight"] == [0.25, 0.25, 0.5]
+
+
+def test_margins_are_asked_for_so_many_times() -> None:
+    """None, as given, twice. Broken by the margins as given whatever was asked."""
+    pairs = rankings(margin=True).add_column("kind", ["x"] * 12)
+    assert set(learned(pairs, 0.0).column_names) == {"prompt", "chosen", "rejected"}
+    for times in (1.0, 2.0):
+        asked = learned(pairs, times)
+        assert set(asked.column_names) == {"prompt", "chosen", "rejected", "margin"}
+        assert asked["margin"] == pytest.approx([times * margin for margin in pairs["margin"]])
 
 
 def rankings(margin: bool) -> Dataset:
