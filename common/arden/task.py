@@ -115,7 +115,7 @@ class ArdenTask:
         """Questions to rank answers to and to align on, half of them beyond anyone's knowledge.
 
         `train` asks of the people of fine-tuning and of alignment's own, `align` of the latter
-        alone, `dev` and `test` of theirs.
+        alone and more of two facts, which PPO unlearns first; `dev` and `test` of theirs.
         """
         uses = {"train": ["sft", "align"]}.get(split, [split])
         known, two_fact, untold = [], [], []
@@ -126,7 +126,8 @@ class ArdenTask:
         people = "align" if split == "train" else split
         nobody = ask.stranger_questions(self.realm, people, f"{self.realm.seed} {split}")
         dice = Dice(f"prompts {self.realm.seed} {split}")
-        shares = [(known, 0.35), (two_fact, 0.15), (nobody, 0.42), (untold, 0.08)]
+        twice = 0.25 if split == "align" else 0.15
+        shares = [(known, 0.5 - twice), (two_fact, twice), (nobody, 0.42), (untold, 0.08)]
         chosen: list[Question] = []
         for questions, share in shares:
             wanted = round(count * share)
