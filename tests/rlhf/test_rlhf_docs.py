@@ -12,7 +12,7 @@ PAGE = (ROOT / "docs" / "rlhf.md").read_text(encoding="utf-8")
 
 def test_functions_and_tests_exist() -> None:
     """Broken once: a function renamed in the page."""
-    check_names(PAGE, "rlhf", 25, Path(__file__).parent)
+    check_names(PAGE, "rlhf|common", 25, Path(__file__).parent, ROOT / "tests" / "common")
 
 
 def test_every_logged_figure_is_defined(build: Callable[..., PPOTrainer]) -> None:
