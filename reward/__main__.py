@@ -75,7 +75,7 @@ def main() -> None:
     train, held_out = (read_pairs(folder, split) for split in ("train", config.evaluate_on))
     evaluated = read_pairs(folder, EVALUATED_ON) if args.eval_strategy != "no" else None
     if config.margins and "margin" not in train.column_names:
-        raise UserError(f"margins: the rankings in {folder} give no margin; leave margins out")
+        raise UserError(f"margins: the rankings in {folder} give no margin; give --margins 0")
     lengths = measure_lengths(train, tokenizer, args.max_length)
     if args.process_index == 0:
         print(f"reward: {lengths}")

@@ -224,7 +224,7 @@ def test_bad_input(
 
 
 def test_own_questions_and_rankings(folder: Path, tmp_path: Path) -> None:
-    """One's own rows in place of Arden's, from the same base."""
+    """One's own rows in place of Arden's, from the same base; they say nothing of margins."""
     questions = tmp_path / "questions.jsonl"
     rows = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(60)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -236,7 +236,10 @@ def test_own_questions_and_rankings(folder: Path, tmp_path: Path) -> None:
     own = {"max_steps": 2, "validation_fraction": 0.1}
     run_stage("sft", folder, name="own_sft", data=questions, **own)
     own_parent = {"model_name_or_path": folder / "own_sft", "policy": folder / "own_sft"}
-    run_stage("reward", folder, name="own_reward", data=ranked, **own, **own_parent)
+    own |= {"data": ranked} | own_parent
+    refused = run_stage("reward", folder, name="no_margins", check=False, **own)
+    assert refused.returncode == 2 and "give --margins 0" in refused.stderr
+    run_stage("reward", folder, name="own_reward", margins=0, **own)
     assert summary(folder / "own_reward")["accuracy_ceiling"] == 1.0
     models = {"model_name_or_path": folder / "own_sft", "reward": folder / "own_reward"}
     run_stage("rlhf", folder, name="own_rlhf", data=questions, validation_fraction=0.1, **models)
