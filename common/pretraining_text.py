@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import UserError
+from common.sharded import SHARDED
 from common.token_file import TokenFile
 from common.tokenizer import hash_tokenizer
 from common.windows import back_to_beginnings, document_positions, training_starts
@@ -50,6 +52,21 @@ class PretrainingText:
             raise UserError(
                 f"ptx_data: {path} was written with another tokenizer than the model's; give the "
                 "text that its base was pretrained on"
+            )
+
+    def require_one_each(self, accelerator: Accelerator, micro_batches: int) -> None:
+        """Refuse fewer windows than parts where the processes share the weights.
+
+        There all must take each forward pass together.
+
+        Raises:
+            UserError: some micro-batch of some process would have none.
+        """
+        parts = accelerator.num_processes * micro_batches
+        if accelerator.distributed_type in SHARDED and self.windows < parts:
+            raise UserError(
+                f"ptx_windows ({self.windows}) must be {parts} or more where weights are sharded: "
+                "one for each micro-batch of each process"
             )
 
     def loss(self, model: Any, step: int, part: int, parts: int) -> Tensor:

@@ -23,6 +23,7 @@ from common.config import config_values, parse_config, run
 from common.device import fast_attention
 from common.errors import UserError
 from common.gpt import build_config, build_gpt
+from common.sharded import whole_model
 from common.tasks import Task, load_task
 from common.token_file import TokenFile, write_token_file
 from common.token_shards import SPLITS
@@ -52,7 +53,7 @@ def main() -> None:
     values = config_values(model_config, config)
     output = StageOutput(config.output_dir, values, sources, config.overwrite)
     if output.finished:
-        print(f"{output.path} is finished; --overwrite true to train it anew")
+        print(f"{output.path} is finished; delete it to train it anew")
         return
     accelerator = make_accelerator(config)
     with accelerator.main_process_first():
@@ -76,6 +77,7 @@ def main() -> None:
             f"at least {3 * model.config.max_position_embeddings:,} for this block_size"
         )
     figures = train(model, files[0], files[1], config, accelerator)
+    model = whole_model(accelerator, model)
     if accelerator.is_main_process:
         summary = figures | task.text_figures() | {"parameters": count_parameters(model)}
         first = tokenizer.bos_token_id if task.documents_apart else tokenizer("\n").input_ids[0]

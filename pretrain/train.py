@@ -75,6 +75,8 @@ def train(
     full_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     gauge = Gauge(model, config, accelerator)
     net, *optimizers = accelerator.prepare(model, *optimizers)
+    if accelerator.is_fsdp2:  # its checkpoints take each optimizer to have a model of its own
+        accelerator._models = [net] * len(optimizers)
     made = read_progress(config)
 
     def one_pass(network: Any) -> None:
@@ -247,11 +249,13 @@ def evaluate(
     spans = evaluation_spans(
         file.tokens, net.config.max_position_embeddings, net.config.bos_token_id
     )
-    mine = spans[accelerator.process_index :: accelerator.num_processes]
+    processes, size = accelerator.num_processes, config.per_device_eval_batch_size
+    mine = spans[accelerator.process_index :: processes]
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    for first in range(0, len(mine), config.per_device_eval_batch_size):
-        inputs, targets = pad_spans(file, mine[first : first + config.per_device_eval_batch_size])
-        count = int((targets != -100).sum())
+    for first in range(0, math.ceil(len(spans) / processes), size):
+        some = mine[first : first + size]  # none, at the end: sharded weights want all processes
+        inputs, targets = pad_spans(file, some or spans[:1])
+        count = int((targets != -100).sum()) if some else 0
         inputs, targets = inputs.to(accelerator.device), targets.to(accelerator.device)
         loss = token_loss(net, inputs, targets, packed_positions(inputs, net.config, config))
         total += torch.tensor([loss.item() * count, count]).to(total)

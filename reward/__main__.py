@@ -30,6 +30,7 @@ from common.errors import UserError
 from common.lengths import measure_lengths
 from common.reward_gpt import logprob_scorer
 from common.scoring import score_chats
+from common.sharded import whole_model
 from common.stage import (
     TRAINER_DEFAULTS,
     Stage,
@@ -64,7 +65,7 @@ def main() -> None:
     callbacks = early_stopping(config.early_stopping_patience, args)
     stage = open_stage(config, args, policy=config.policy)
     if stage.output.finished:
-        print(f"{stage.output.path} is finished; --overwrite true to train it anew")
+        print(f"{stage.output.path} is finished; delete it to train it anew")
         return
     require_same_tokenizer(stage.parent, require_parent(config.policy, config.parent_command))
     tokenizer = load_tokenizer(stage.parent)
@@ -84,7 +85,7 @@ def main() -> None:
     held_out = keep_fitting(held_out, tokenizer, args.max_length)
     torch.manual_seed(args.seed)  # of the new head
     trainer_class = GroupedRewardTrainer if config.pairs_together else RewardTrainer
-    trainer = trainer_class(
+    trainer: Any = trainer_class(
         model=build_scorer(stage.parent, tokenizer, config.answer_logprobs),
         args=args,
         train_dataset=learned(train, config.margins),
@@ -93,10 +94,11 @@ def main() -> None:
         callbacks=[MetricsFile(stage.output.path / "metrics.jsonl"), *callbacks],
     )
     seconds = train_or_resume(trainer, stage.output.checkpoints)
+    model = whole_model(trainer.accelerator, trainer.model)
     if not trainer.is_world_process_zero():
         return
     # without the autocast of training: PPO reads its scores in float32
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     scores = {
         side: score_chats(model, tokenizer, [row["prompt"] + row[side] for row in held_out])
         for side in ("chosen", "rejected")

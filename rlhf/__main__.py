@@ -24,6 +24,7 @@ from common.batches import Chat
 from common.config import parse_config, run
 from common.generation import generate_answers
 from common.pretraining_text import PretrainingText
+from common.sharded import whole_model
 from common.stage import (
     TRAINER_DEFAULTS,
     format_samples,
@@ -57,7 +58,7 @@ def main() -> None:
         hashes["ptx_data"] = TokenFile(args.ptx_data).info.sha256
     stage = open_stage(config, args, hashes, **sources)
     if stage.output.finished:
-        print(f"{stage.output.path} is finished; --overwrite true to train it anew")
+        print(f"{stage.output.path} is finished; delete it to train it anew")
         return
     tokenizer = load_tokenizer(stage.parent)
     rewards = load_rewards(config, stage.task, stage.parent, tokenizer, args.device)
@@ -98,9 +99,10 @@ def main() -> None:
         callbacks=[MetricsFile(stage.output.path / "metrics.jsonl")],
     )
     seconds = train_or_resume(trainer, stage.output.checkpoints)
+    trained = whole_model(trainer.accelerator, trainer.model)
     if not trainer.is_world_process_zero():
         return
-    model = plain_policy(trainer.accelerator.unwrap_model(trainer.model))
+    model = plain_policy(trained)
     after = measure(model, policy, score, tokenizer, stage, config)
     summary = {
         f"{name}_{when}": value

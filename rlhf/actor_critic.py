@@ -3,6 +3,7 @@
 What PPO does with the two is in `rlhf.trainer`.
 """
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,18 @@ from trl.trainer.utils import use_adapter
 
 from common.errors import UserError
 from common.pretraining_text import PretrainingText
+from common.sharded import whole_model
 from rlhf.config import PPOConfig
 from rlhf.critic import (
     Critic,
     ValueHead,
-    attach_critic,
     build_critic,
     check_plain_logits,
     detached_critic,
     disable_dropout,
     language_model,
     plain_policy,
-    to_grid,
-    token_logprobs,
+    read_completions,
 )
 from rlhf.prompts import check_inputs
 from rlhf.rollout import drop_ended
@@ -97,6 +97,7 @@ class ActorCriticTrainer(RLOOTrainer):
             self.ptx = PretrainingText(
                 args.ptx_data, args.ptx_windows, block_size, args.seed, tokenizer
             )
+            self.ptx.require_one_each(self.accelerator, args.gradient_accumulation_steps)
         drop_ended(self)
         self._add_critic(next((f for f in scorers if isinstance(f, TokenScorer)), None))
 
@@ -116,7 +117,9 @@ class ActorCriticTrainer(RLOOTrainer):
         else:
             scale = mean, args.score_std
             critic = build_critic(self.model, reward_model, args.critic_head, *scale)
-        attach_critic(self.model, critic.to(args.device), self.temperature)
+        read_completions(self.model, self.temperature, critic.to(args.device))
+        if self.ref_model is not None:
+            read_completions(self.accelerator.unwrap_model(self.ref_model), self.temperature)
 
     def _ptx_loss(self, model: nn.Module) -> Tensor:
         """This micro-batch's share of the loss on pretraining text; the mean of all is logged."""
@@ -165,15 +168,13 @@ class ActorCriticTrainer(RLOOTrainer):
 
     def _reference(self, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Tensor:
         """Log-probabilities of the frozen reference; with PEFT, the policy without its adapter."""
-        where = input_ids, prompt_lengths, mask
+        where: Any = {"input_ids": input_ids, "prompt_lengths": prompt_lengths}
+        where["completion_mask"] = mask
         if self.ref_model is not None:
-            model = self.accelerator.unwrap_model(self.ref_model)
-            return to_grid(token_logprobs(model, *where, self.temperature)[0], mask)
+            return self.ref_model(**where)[0]
         policy = self.accelerator.unwrap_model(self.model)
         with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
-            return to_grid(
-                token_logprobs(language_model(policy), *where, self.temperature)[0], mask
-            )
+            return policy(**where, wants_values=False)[0]
 
     # What TRL prints and saves
 
@@ -198,7 +199,7 @@ class ActorCriticTrainer(RLOOTrainer):
 
     def policy_model(self) -> PreTrainedModel:
         """A copy of the trained policy alone: no critic, its own forward, adapters merged in."""
-        return plain_policy(self.accelerator.unwrap_model(self.model))
+        return plain_policy(whole_model(self.accelerator, self.model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if state_dict is not None:
@@ -209,13 +210,13 @@ class ActorCriticTrainer(RLOOTrainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        with detached_critic(self.model):
+        # accelerate keeps FSDP's weights whole in a file of its own, the critic's among them
+        with contextlib.nullcontext() if self.is_fsdp_enabled else detached_critic(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            self.model.critic.save(Path(output_dir) / VALUE_MODEL)
+        self.model.critic.save(Path(output_dir) / VALUE_MODEL, write=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

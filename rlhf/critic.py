@@ -22,6 +22,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from common.errors import UserError
 from common.reward_gpt import LogprobHead
+from common.sharded import load_whole_state, whole_state
 
 WEIGHTS = "model.safetensors"
 ROWS_AT_ONCE = 256  # tokens whose entropy is computed at once: what it needs stays in the cache
@@ -41,13 +42,15 @@ class Critic(nn.Module):
         states = token_states(self.model.base_model, input_ids, prompt_lengths, mask)
         return (self.model.score(states)[:, 0].float() - self.score_mean) / self.score_std
 
-    def save(self, folder: Path) -> None:
-        """Write a standard sequence-classification model."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, write: bool) -> None:
+        """A standard sequence-classification model; every process calls, one of them writes."""
+        state = whole_state(self.model)
+        if write:
+            self.model.save_pretrained(folder, state_dict=state)
 
     def load(self, folder: Path) -> None:
         """Take back the weights that `save` wrote."""
-        self.model.load_state_dict(load_file(folder / WEIGHTS))
+        load_whole_state(self.model, load_file(folder / WEIGHTS))
 
 
 class ValueHead(nn.Module):
@@ -66,14 +69,16 @@ class ValueHead(nn.Module):
         """Values of the states (N, H) before the masked tokens, (N,) float32."""
         return self.score(states.float())[:, 0].float()
 
-    def save(self, folder: Path) -> None:
-        """Write the head."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), folder / WEIGHTS)
+    def save(self, folder: Path, write: bool) -> None:
+        """The head; every process calls, one of them writes."""
+        state = whole_state(self)
+        if write:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / WEIGHTS)
 
     def load(self, folder: Path) -> None:
         """Take back the weights that `save` wrote."""
-        self.load_state_dict(load_file(folder / WEIGHTS))
+        load_whole_state(self, load_file(folder / WEIGHTS))
 
 
 def build_critic(
@@ -214,26 +219,35 @@ def to_grid(flat: Tensor, mask: Tensor) -> Tensor:
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
-def attach_critic(
-    policy: PreTrainedModel | PeftModel, critic: Critic | ValueHead, temperature: float
+def read_completions(
+    policy: PreTrainedModel | PeftModel,
+    temperature: float,
+    critic: Critic | ValueHead | None = None,
 ) -> None:
-    """Make `policy(input_ids, prompt_lengths=, completion_mask=)` give log-probs, entropy, values.
+    """Make `policy(input_ids, prompt_lengths=, completion_mask=)` give log-probs and entropy.
 
-    Each is (B, T) float32, zero outside the mask. Any other call goes to the policy's own forward.
+    With a critic, which becomes a part of the policy, values too, unless `wants_values=False`. Each
+    is (B, T) float32, zero outside the mask. Any other call goes to the policy's own forward. All
+    go through the policy itself, where wrappers see them: FSDP2 gathers its weights there.
     """
     plain_forward = policy.forward
-    policy.add_module("critic", critic)
+    if critic is not None:
+        policy.add_module("critic", critic)
 
     @functools.wraps(type(policy).forward)  # `generate` reads the signature
     def forward(
-        self: nn.Module, *args: object, completion_mask: Tensor | None = None, **kwargs: Tensor
+        self: nn.Module,
+        *args: object,
+        completion_mask: Tensor | None = None,
+        wants_values: bool = True,
+        **kwargs: Tensor,
     ) -> object:
         if completion_mask is None:
             return plain_forward(*args, **kwargs)
         where = kwargs["input_ids"], kwargs["prompt_lengths"], completion_mask
-        logprobs, entropy, states = token_logprobs(language_model(policy), *where, temperature)
-        values = critic(states) if isinstance(critic, ValueHead) else critic(*where)
-        flat = logprobs, entropy, values
+        *flat, states = token_logprobs(language_model(policy), *where, temperature)
+        if critic is not None and wants_values:
+            flat.append(critic(states) if isinstance(critic, ValueHead) else critic(*where))
         return tuple(to_grid(x, completion_mask) for x in flat)
 
     policy.forward = types.MethodType(forward, policy)  # type: ignore[method-assign]

@@ -16,8 +16,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from common.sharded import SHARDED
 from rlhf.loss import policy_stats
-from rlhf.rollout import SHARDED, Rollout
+from rlhf.rollout import Rollout
 
 SAME_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -12,12 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor
 
 from common.decoding import sample_unended
-
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+from common.sharded import SHARDED
 
 
 @dataclass

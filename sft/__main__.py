@@ -25,6 +25,7 @@ from common.errors import UserError
 from common.generation import generate_answers
 from common.lengths import measure_lengths
 from common.pretraining_text import PretrainingText
+from common.sharded import whole_model
 from common.stage import (
     TRAINER_DEFAULTS,
     LabelledDataConfig,
@@ -95,7 +96,7 @@ def main() -> None:
     hashes = {"ptx_data": TokenFile(text).info.sha256} if config.ptx_coef else {}
     stage = open_stage(config, args, hashes)
     if stage.output.finished:
-        print(f"{stage.output.path} is finished; --overwrite true to train it anew")
+        print(f"{stage.output.path} is finished; delete it to train it anew")
         return
     tokenizer = load_tokenizer(stage.parent)
     check_template(tokenizer)
@@ -126,9 +127,9 @@ def main() -> None:
     )
     seconds = train_or_resume(trainer, stage.output.checkpoints)
     eval_loss = trainer.evaluate()["eval_loss"]
+    model = whole_model(trainer.accelerator, trainer.model)
     if not trainer.is_world_process_zero():
         return
-    model = trainer.accelerator.unwrap_model(trainer.model)
     if config.lora_r:
         model = model.merge_and_unload()
 

@@ -22,6 +22,7 @@ class ReplaySFTTrainer(SFTTrainer):
     def __init__(self, text: PretrainingText, ptx_coef: float, **named: Any) -> None:
         super().__init__(**named)
         self.text, self.ptx_coef = text, ptx_coef
+        text.require_one_each(self.accelerator, self.args.gradient_accumulation_steps)
         self._part = self._step = -1  # micro-batch of the step, and the step
 
     def compute_loss(

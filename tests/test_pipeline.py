@@ -8,9 +8,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -66,18 +68,38 @@ PARENTS = {
 }
 
 
-def run_stage(
-    stage: str, folder: Path, *, name: str = "", processes: int = 1, check: bool = True, **more: Any
-) -> subprocess.CompletedProcess[str]:
-    """Run a stage of the arden profile with its parents and its output in `folder`."""
+def stage_command(
+    stage: str,
+    folder: Path,
+    *,
+    name: str = "",
+    processes: int = 1,
+    sharded: bool = False,
+    **more: Any,
+) -> list[str]:
+    """A stage of the arden profile with its parents and its output in `folder`."""
     fields = SHORT[stage] | {"output_dir": folder / (name or stage)}
     fields |= {field: folder / parent for field, parent in PARENTS[stage].items()} | more
     flags = as_flags(fields)
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
+    kind = "fsdp" if sharded else "ddp"
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        f"configs/accelerate/{kind}.yaml",
+    ]
     launch += ["--num_processes", str(processes), "--main_process_port", "0"]
-    command = [sys.executable, *(launch if processes > 1 else []), "-m", stage]
-    command += ["--config", f"configs/arden/{stage}.yaml", *flags]
-    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    module = ["tests/sharded_on_cpu.py"] if sharded else ["-m"]
+    command = [sys.executable, *(launch if processes > 1 else []), *module, stage]
+    return [*command, "--config", f"configs/arden/{stage}.yaml", *flags]
+
+
+def run_stage(
+    stage: str, folder: Path, *, check: bool = True, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run `stage_command`; shards that wait for each other would hang."""
+    command = stage_command(stage, folder, **options)
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=600)
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result
 
@@ -158,28 +180,63 @@ def test_fine_tuning_learns_the_form(folder: Path) -> None:
     assert trained[-1] < trained[0]
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize(("stage", "tolerance"), [("sft", 2e-4), ("reward", 2e-4)])
-def test_two_processes_give_what_one_gives(folder: Path, stage: str, tolerance: float) -> None:
-    """The same batches, split: equal weights to rounding (Adam lifts it for tiny gradients)."""
+def test_two_processes_give_what_one_gives(
+    folder: Path, stage: str, tolerance: float, sharded: bool, tmp_path: Path
+) -> None:
+    """The same batches, split: equal weights to rounding (Adam lifts it for tiny gradients).
+
+    FSDP2 broken once by measuring the shards, where a model must be gathered first: it hung.
+    """
     size = {"sft": 16, "reward": 8}[stage]  # of rows; of 24 prompts, so that no step is partial
     # in float32 wherever it runs: bfloat16's rounding is of the tolerance's size
     extra = {"max_steps": 4, "learning_rate": 1e-4, "warmup_steps": 0, "bf16": "false"}
-    run_stage(stage, folder, name=f"{stage}_one", per_device_train_batch_size=size, **extra)
-    run_stage(
-        stage,
-        folder,
-        name=f"{stage}_two",
-        processes=2,
-        per_device_train_batch_size=size // 2,
-        **extra,
-    )
-    assert weights_differ(folder / f"{stage}_one", folder / f"{stage}_two") < tolerance
-    assert weights_differ(folder / f"{stage}_one", folder / stage) > tolerance
+    extra |= {"ptx_windows": 2} if stage == "sft" else {}  # one for each process
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_stage(stage, folder, output_dir=one, per_device_train_batch_size=size, **extra)
+    extra |= {"processes": 2, "sharded": sharded, "per_device_train_batch_size": size // 2}
+    run_stage(stage, folder, output_dir=two, **extra)
+    assert weights_differ(one, two) < tolerance
+    assert weights_differ(one, folder / stage) > tolerance
+    assert summary(one).keys() == summary(two).keys()
 
 
-def test_rlhf_runs_on_two_processes(folder: Path) -> None:
-    run_stage("rlhf", folder, name="rlhf_two", processes=2, per_device_train_batch_size=1)
-    assert summary(folder / "rlhf_two").keys() == summary(folder / "rlhf").keys()
+@pytest.mark.parametrize(("method", "sharded"), [("ppo", False), ("ppo", True), ("rloo", True)])
+def test_rlhf_runs_on_two_processes(folder: Path, method: str, sharded: bool) -> None:
+    """FSDP2 broken once by reading the reference past its own forward, where its shards are."""
+    two = {"processes": 2, "sharded": sharded, "method": method, "per_device_train_batch_size": 2}
+    windows = 8 if sharded else 1
+    run_stage("rlhf", folder, name=f"{method}_{sharded}", ptx_windows=windows, **two)
+    assert summary(folder / f"{method}_{sharded}").keys() == summary(folder / "rlhf").keys()
+
+
+def test_sharded_weights_want_a_window_for_each_process(folder: Path) -> None:
+    """Refused, where it would hang: each process must take each forward pass."""
+    result = run_stage("sft", folder, name="few", processes=2, sharded=True, check=False)
+    assert "error: ptx_windows (1) must be 2 or more where weights are sharded" in result.stderr
+
+
+def test_sharded_run_goes_on_after_a_kill(folder: Path, tmp_path: Path) -> None:
+    """Killed after its first checkpoint it ends in the weights of one that was not.
+
+    Broken by looking for the weights without the critic, where FSDP2's checkpoint has both.
+    """
+    fields = {"save_steps": 4, "ptx_coef": 0, "processes": 2, "sharded": True, "bf16": "false"}
+    run_stage("rlhf", folder, output_dir=tmp_path / "whole", **fields)
+    killed = tmp_path / "killed"
+    first = killed / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    command = stage_command("rlhf", folder, output_dir=killed, **fields)
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=ENVIRONMENT, **quiet) as process:
+        while not first.exists():
+            assert process.poll() is None, "it ended without a checkpoint"
+            time.sleep(0.01)
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            one.kill()
+    assert not (killed / "summary.json").exists(), "it ended before it was killed"
+    run_stage("rlhf", folder, output_dir=killed, **fields)
+    assert weights_differ(tmp_path / "whole", killed) == 0.0
 
 
 def test_a_no_go_is_refused(folder: Path) -> None:

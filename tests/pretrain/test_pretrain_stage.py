@@ -32,12 +32,21 @@ TINY = {
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def command(output: Path, *, processes: int = 1, **fields: object) -> list[str]:
+def command(
+    output: Path, *, processes: int = 1, sharded: bool = False, **fields: object
+) -> list[str]:
     values = TINY | {"output_dir": output} | fields
     flags = as_flags(values)
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
+    kind = "fsdp" if sharded else "ddp"
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        f"configs/accelerate/{kind}.yaml",
+    ]
     launch += ["--num_processes", str(processes), "--main_process_port", "0"]
-    return [sys.executable, *(launch if processes > 1 else []), "-m", "pretrain", *flags]
+    module = ["tests/sharded_on_cpu.py"] if sharded else ["-m"]
+    return [sys.executable, *(launch if processes > 1 else []), *module, "pretrain", *flags]
 
 
 def run_pretrain(
@@ -110,8 +119,10 @@ def test_accumulation_and_processes_change_nothing(tmp_path: Path) -> None:
     run_pretrain(tmp_path / "whole", bf16=False)
     run_pretrain(tmp_path / "a", gradient_accumulation_steps=2, **split)
     run_pretrain(tmp_path / "b", processes=2, **split)
+    run_pretrain(tmp_path / "c", processes=2, sharded=True, **split)
     assert weights_differ(tmp_path / "whole", tmp_path / "a") < 1e-4
     assert weights_differ(tmp_path / "whole", tmp_path / "b") < 1e-4
+    assert weights_differ(tmp_path / "whole", tmp_path / "c") < 1e-4
 
 
 def test_finished_run_is_left_alone(finished: Path) -> None:
