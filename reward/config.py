@@ -71,3 +71,9 @@ class RewardModelConfig(RankingConfig):
             "help": "ask for score differences of at least so many times the `margin` given; 0: no"
         },
     )
+
+    def __post_init__(self) -> None:
+        """As of the rankings, and margins that ask for the better answer."""
+        super().__post_init__()
+        if self.margins < 0:
+            raise UserError(f"margins ({self.margins:g}) must not be below 0: 0 asks for none")

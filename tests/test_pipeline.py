@@ -262,6 +262,7 @@ def test_judge_as_reward(folder: Path) -> None:
         ("rlhf", {"ptx_data": "{foreign}"}, "was written with another tokenizer than the model's"),
         ("sft", {"ptx_data": "{foreign}"}, "was written with another tokenizer than the model's"),
         ("sft", {"ptx_windows": "0"}, "ptx_windows (0) not below 1"),
+        ("reward", {"margins": "-1"}, "margins (-1) must not be below 0"),
         ("rlhf", {"num_mini_batchez": "2"}, "did you mean num_mini_batches?"),
         ("sft", {"data": "nowhere.jsonl"}, "nowhere.jsonl"),
     ],
