@@ -21,7 +21,7 @@ def whole_model(accelerator: Accelerator, model: nn.Module) -> Any:
     """The trained model out of its wrapper, for one process to run; every process must call it.
 
     A model whose weights are spread over the processes runs only where all of them run it. Of such
-    a one this is a copy, with all weights on the main process and none on the others.
+    a one this is a copy, which on the main process has the weights.
     """
     model = accelerator.unwrap_model(model)
     if not accelerator.is_fsdp2:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from common.config import as_flags
 from common.token_file import write_token_file
 from common.tokenizer import train_characters
+from tests.launch import stage_start
 
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
@@ -80,18 +81,8 @@ def stage_command(
     """A stage of the arden profile with its parents and its output in `folder`."""
     fields = SHORT[stage] | {"output_dir": folder / (name or stage)}
     fields |= {field: folder / parent for field, parent in PARENTS[stage].items()} | more
-    flags = as_flags(fields)
-    kind = "fsdp" if sharded else "ddp"
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        f"configs/accelerate/{kind}.yaml",
-    ]
-    launch += ["--num_processes", str(processes), "--main_process_port", "0"]
-    module = ["tests/sharded_on_cpu.py"] if sharded else ["-m"]
-    command = [sys.executable, *(launch if processes > 1 else []), *module, stage]
-    return [*command, "--config", f"configs/arden/{stage}.yaml", *flags]
+    start = stage_start(stage, processes, sharded)
+    return [*start, "--config", f"configs/arden/{stage}.yaml", *as_flags(fields)]
 
 
 def run_stage(

@@ -6,7 +6,6 @@ The shards are written as the Hub keeps them: folders, file names, columns and t
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from common.errors import UserError
 from common.mixture import Source
 from common.tasks import load_task
 from common.text_stream import stream_texts
+from tests.launch import stage_start
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 STRING = pyarrow.string()
@@ -190,11 +190,8 @@ def run_stage(stage: str, folder: Path, *, processes: int = 1, **more: Any) -> s
     fields |= {field: folder / parent for field, parent in PARENTS[stage].items()}
     fields |= {"shards_dir": folder / "tokens"} if stage == "pretrain" else {}
     fields |= {"validation_fraction": 0.2} if stage != "pretrain" else {}
-    flags = as_flags(fields | more)
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
-    launch += ["--num_processes", str(processes), "--main_process_port", "0"]
-    command = [sys.executable, *(launch if processes > 1 else []), "-m", stage]
-    command += ["--config", f"configs/web/{stage}.yaml", *flags]
+    command = [*stage_start(stage, processes), "--config", f"configs/web/{stage}.yaml"]
+    command += as_flags(fields | more)
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from common.config import as_flags
+from tests.launch import stage_start
 
 TINY = {
     "data": "arden",
@@ -36,17 +36,7 @@ def command(
     output: Path, *, processes: int = 1, sharded: bool = False, **fields: object
 ) -> list[str]:
     values = TINY | {"output_dir": output} | fields
-    flags = as_flags(values)
-    kind = "fsdp" if sharded else "ddp"
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        f"configs/accelerate/{kind}.yaml",
-    ]
-    launch += ["--num_processes", str(processes), "--main_process_port", "0"]
-    module = ["tests/sharded_on_cpu.py"] if sharded else ["-m"]
-    return [sys.executable, *(launch if processes > 1 else []), *module, "pretrain", *flags]
+    return [*stage_start("pretrain", processes, sharded), *as_flags(values)]
 
 
 def run_pretrain(
