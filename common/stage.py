@@ -192,6 +192,14 @@ def train_or_resume(trainer: Trainer, checkpoints: Path) -> float:
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressBar)
+    save_generators: Any = trainer._save_rng_state
+
+    def save_for_all(output_dir: str) -> None:
+        save_generators(output_dir)  # each process its own file
+        trainer.accelerator.wait_for_everyone()
+
+    trainer._save_rng_state = save_for_all  # type: ignore[method-assign]
+    # written last, by one process: then it must have those of the others
     whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
     newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
     start = time.perf_counter()
