@@ -192,19 +192,26 @@ def train_or_resume(trainer: Trainer, checkpoints: Path) -> float:
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressBar)
-    save_generators: Any = trainer._save_rng_state
-
-    def save_for_all(output_dir: str) -> None:
-        save_generators(output_dir)  # each process its own file
-        trainer.accelerator.wait_for_everyone()
-
-    trainer._save_rng_state = save_for_all  # type: ignore[method-assign]
-    # written last, by one process: then it must have those of the others
+    wait_for_generators(trainer)
     whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
     newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     return round(time.perf_counter() - start, 1)
+
+
+def wait_for_generators(trainer: Trainer) -> None:
+    """Let a checkpoint count as whole when every process has written its generators.
+
+    `trainer_state.json`, by which it counts, is written after them, but by one process for all.
+    """
+    save: Any = trainer._save_rng_state
+
+    def save_and_wait(output_dir: str) -> None:
+        save(output_dir)
+        trainer.accelerator.wait_for_everyone()
+
+    trainer._save_rng_state = save_and_wait  # type: ignore[method-assign]
 
 
 def format_samples(title: str, questions: list[str], answers: list[list[str]]) -> str:
