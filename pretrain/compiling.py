@@ -19,46 +19,47 @@ TIMED_PASSES = 3
 
 
 def compile_if_worth(
-    net: Any,
+    loss_of: Any,
     one_pass: Callable[[Any], None],
     passes: int,
     wanted: bool | None,
     accelerator: Accelerator,
 ) -> Any:
-    """`net`, or a compiled one over the same weights; nothing but time has passed by then.
+    """`loss_of`, or the same compiled; nothing but time has passed by then.
 
     Args:
-        net: the prepared model.
-        one_pass: takes a model forward and backward on one micro-batch, and leaves no gradients.
+        loss_of: takes a micro-batch through the model to its loss.
+        one_pass: takes such a function forward and backward on one micro-batch, and leaves no
+            gradients.
         passes: of a process in the whole run.
         wanted: compile or not; None decides by how long that many passes take uncompiled.
         accelerator: whose main process decides for all.
     """
     if wanted is False:
-        return net
+        return loss_of
     if not can_compile():
         accelerator.print("pretrain: no C++ compiler with Python.h here, so uncompiled and slower")
-        return net
+        return loss_of
     on_gpu = accelerator.device.type == "cuda"
     with torch.random.fork_rng([accelerator.device] if on_gpu else []):  # dropout's dice
         if wanted is None:
-            seconds = time_pass(net, one_pass, on_gpu) * passes
+            seconds = time_pass(loss_of, one_pass, on_gpu) * passes
             [seconds] = broadcast_object_list([seconds])
             if seconds < WORTH_SECONDS:
-                return net
-        forward = torch.compile(net)
+                return loss_of
+        compiled = torch.compile(loss_of)
         start = time.perf_counter()
-        one_pass(forward)
+        one_pass(compiled)
         accelerator.print(f"pretrain: compiled in {time.perf_counter() - start:.0f} s")
-    return forward
+    return compiled
 
 
-def time_pass(net: Any, one_pass: Callable[[Any], None], on_gpu: bool) -> float:
+def time_pass(loss_of: Any, one_pass: Callable[[Any], None], on_gpu: bool) -> float:
     """Seconds of the fastest of a few passes; the first one also allocates."""
     times = []
     for _ in range(TIMED_PASSES):
         start = time.perf_counter()
-        one_pass(net)
+        one_pass(loss_of)
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from pretrain.optimizer import build_optimizers
 from pretrain.trackers import Gauge, start_trackers
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, position_ids: (B, T) int64 each
+LossOf = Callable[..., Tensor]  # of a batch; compiled together with the model, or not
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,17 @@ def train(
         accelerator._models = [net] * len(optimizers)
     made = read_progress(config)
 
-    def one_pass(network: Any) -> None:
+    def loss_uncompiled(*batch: Any) -> Tensor:
+        return token_loss(net, *batch)
+
+    def one_pass(loss_of: LossOf) -> None:
         batch = next(micro_batches(train_file, model.config, 0, config, accelerator))
-        accelerator.backward(token_loss(network, *batch))
-        network.zero_grad()
+        accelerator.backward(loss_of(*batch))
+        net.zero_grad()
 
     passes = config.max_steps * config.gradient_accumulation_steps
     wanted = config.torch_compile if made.compiled is None else made.compiled
-    forward = compile_if_worth(net, one_pass, passes, wanted, accelerator)
+    loss_of = compile_if_worth(loss_uncompiled, one_pass, passes, wanted, accelerator)
     load_checkpoint(accelerator, config, made.step)
     step, seconds = made.step, made.train_seconds
     main = accelerator.is_main_process
@@ -102,7 +106,7 @@ def train(
             optimizer.param_groups[0]["lr"] = full * rate
         batches = micro_batches(train_file, model.config, step, config, accelerator)
         try:
-            values = train_step(forward, optimizers, batches, config, accelerator)
+            values = train_step(net, loss_of, optimizers, batches, config, accelerator)
         except FloatingPointError as error:
             where = describe_step(train_file, model.config, step, config, accelerator)
             rates = ", ".join(f"{full * rate:.3g}" for full in full_rates)
@@ -130,7 +134,7 @@ def train(
                 metrics.write(line | {"seconds": round(seconds, 4)})
             accelerator.log(line | speed, step=step)
         if step % config.save_steps == 0 and step < config.max_steps:
-            now = Progress(step, time.perf_counter() - clock, forward is not net)
+            now = Progress(step, time.perf_counter() - clock, loss_of is not loss_uncompiled)
             save_checkpoint(accelerator, config, now)
         final, figures = figures, {}
     progress.close()
@@ -139,7 +143,8 @@ def train(
 
 
 def train_step(
-    forward: Any,
+    net: Any,
+    loss_of: LossOf,
     optimizers: list[Any],
     batches: Iterable[Batch],
     config: PretrainConfig,
@@ -152,11 +157,11 @@ def train_step(
     """
     loss = torch.zeros((), device=accelerator.device)
     for batch in batches:
-        part = token_loss(forward, *batch) / config.gradient_accumulation_steps
+        part = loss_of(*batch) / config.gradient_accumulation_steps
         accelerator.backward(part)
         loss += part.detach()
     loss = accelerator.reduce(loss, "mean")
-    norm = accelerator.clip_grad_norm_(forward.parameters(), config.max_grad_norm)
+    norm = accelerator.clip_grad_norm_(net.parameters(), config.max_grad_norm)
     if not math.isfinite(loss.item() + float(norm)):
         raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {float(norm):.4g}")
     for optimizer in optimizers:
@@ -184,8 +189,12 @@ def micro_batches(
     """This process's micro-batches of a step, on its device; `sizes` is the model's config."""
     block_size = sizes.max_position_embeddings
     own = slice(accelerator.process_index, None, accelerator.num_processes)
+    on_gpu = accelerator.device.type == "cuda"
     for part in step_starts(file, sizes, step, config, accelerator, own):
-        inputs, targets = (x.to(accelerator.device) for x in file.batch(part, block_size))
+        batch = file.batch(part, block_size)
+        if on_gpu:  # from pinned memory the copy waits for nothing that the GPU still has to do
+            batch = batch[0].pin_memory(), batch[1].pin_memory()
+        inputs, targets = (x.to(accelerator.device, non_blocking=on_gpu) for x in batch)
         yield inputs, targets, packed_positions(inputs, sizes, config)
 
 
@@ -227,7 +236,11 @@ def describe_step(
 def token_loss(
     model: Any, inputs: Tensor, targets: Tensor, position_ids: Tensor | None = None
 ) -> Tensor:
-    """Mean cross-entropy over targets that are not -100, in nats: ()."""
+    """Mean cross-entropy over targets that are not -100, in nats: ().
+
+    Compiled as a whole, so that the logits, which are a step's largest array, are not written out
+    in float32.
+    """
     packed = {} if position_ids is None else {"position_ids": position_ids}
     logits = model(input_ids=inputs, use_cache=False, **packed).logits
     return torch.nn.functional.cross_entropy(

@@ -12,12 +12,12 @@ from pretrain.compiling import TIMED_PASSES, compile_if_worth
 
 @pytest.fixture
 def passed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The nets that passes were made with; a pass takes a second and rolls dice."""
-    nets: list[Any] = []
+    """What passes were made with; one takes a second and rolls dice."""
+    used: list[Any] = []
     monkeypatch.setattr(compiling, "can_compile", lambda: True)
-    monkeypatch.setattr(torch, "compile", lambda net: ("compiled", net))
-    monkeypatch.setattr(compiling.time, "perf_counter", lambda: float(len(nets)))
-    return nets
+    monkeypatch.setattr(torch, "compile", lambda loss: ("compiled", loss))
+    monkeypatch.setattr(compiling.time, "perf_counter", lambda: float(len(used)))
+    return used
 
 
 @pytest.mark.parametrize(
@@ -37,12 +37,12 @@ def test_by_measurement_or_by_word(
     Broken by the first pass's time in place of all, and by dice that are not put back.
     """
 
-    def one_pass(net: Any) -> None:
-        passed.append(net)
+    def one_pass(loss_of: Any) -> None:
+        passed.append(loss_of)
         torch.rand(1)
 
     before = torch.get_rng_state()
-    found = compile_if_worth("net", one_pass, passes, wanted, Accelerator(cpu=True))
-    assert found == (("compiled", "net") if compiles else "net")
-    assert passed == ["net"] * timed + [("compiled", "net")] * compiles
+    found = compile_if_worth("loss", one_pass, passes, wanted, Accelerator(cpu=True))
+    assert found == (("compiled", "loss") if compiles else "loss")
+    assert passed == ["loss"] * timed + [("compiled", "loss")] * compiles
     assert torch.equal(torch.get_rng_state(), before)

@@ -93,9 +93,9 @@ def test_goes_on_compiled_as_it_began(
     config = replace(config, torch_compile=None)
     asked: list[bool | None] = []
 
-    def choose(net: Any, one_pass: Any, passes: int, wanted: bool | None, _: Any) -> Any:
+    def choose(loss_of: Any, one_pass: Any, passes: int, wanted: bool | None, _: Any) -> Any:
         asked.append(wanted)
-        return partial(net)  # another than `net`, as a compiled one is
+        return partial(loss_of)  # another than `loss_of`, as a compiled one is
 
     monkeypatch.setattr("pretrain.train.compile_if_worth", choose)
     monkeypatch.setattr("pretrain.train.train_step", lambda *_: {"loss": 0.0, "grad_norm": 0.0})
