@@ -30,8 +30,8 @@ def sample_unended(
     Returns:
         (B, P + S) ids, S the longest row's steps; after its end a row has padding.
     """
-    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-    if type(cache) is not DynamicCache or mask is None:
+    cache, mask = model_kwargs.get("past_key_values"), prompt_mask(input_ids, model_kwargs)
+    if type(cache) is not DynamicCache:
         rules = logits_processor, stopping_criteria, generation_config
         return model._sample(input_ids, *rules, **model_kwargs)
     rows, length = input_ids.shape
@@ -64,3 +64,9 @@ def sample_unended(
         mask = torch.cat([mask, mask.new_ones(len(left), 1)], 1)
         positions = positions[:, -1:] + 1
     return sequences[:, :length]
+
+
+def prompt_mask(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+    """Which of the prompts' tokens are not padding, (B, P); `generate` passes none if all are."""
+    mask: Tensor | None = model_kwargs.get("attention_mask")
+    return torch.ones_like(input_ids) if mask is None else mask

@@ -25,11 +25,11 @@ def load(kind: str, folder: Path) -> Any:
     return GPT2LMHeadModel(config).eval()
 
 
-def prompts(rows: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask of prompts of one to nine tokens, padded on the left."""
+def prompts(rows: int, padded: bool = True) -> tuple[Tensor, Tensor]:
+    """Ids and mask of prompts of nine tokens, or of one to nine, padded on the left."""
     torch.manual_seed(1)
     ids, mask = torch.randint(60, 250, (rows, 9)), torch.ones(rows, 9, dtype=torch.long)
-    for row in range(rows):
+    for row in range(rows if padded else 0):
         mask[row, : row % 9] = 0
     return torch.where(mask == 1, ids, PAD), mask
 
@@ -40,14 +40,19 @@ def generate(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
     return model.generate(ids, attention_mask=mask, eos_token_id=ENDS, pad_token_id=PAD, **rules)
 
 
-@pytest.mark.parametrize("kind", ["modern", "lesson", "transformers"])
-def test_greedy_is_as_transformers_has_it(kind: str, tmp_path: Path) -> None:
+KINDS = ["modern", "lesson", "transformers"]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_is_as_transformers_has_it(kind: str, padded: bool, tmp_path: Path) -> None:
     """And each step reads the rows alone that have not ended.
 
-    Broken by leaving the positions of the rows that stay unselected, and by a cache of all rows.
+    Broken by leaving the positions of the rows that stay unselected, by a cache of all rows, and
+    by transformers' loop for prompts of one length, whose mask `generate` leaves out.
     """
     model = load(kind, tmp_path)
-    ids, mask = prompts(24)
+    ids, mask = prompts(64, padded)
     plain = generate(model, ids, mask)
     new = plain[:, ids.shape[1] :]
     lengths = (new != PAD).sum(1)
