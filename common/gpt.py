@@ -128,7 +128,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, heads, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, kv_heads, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
+        q, k = (rotate(norm(x), *rotary) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast angles are float32, products are not
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # (B, kv_heads, S, D)
@@ -157,6 +158,11 @@ class MLP(nn.Module):
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
+def branch_dropout(config: Qwen3Config) -> nn.Dropout:
+    """Dropout of the embeddings and of what a branch adds; a Qwen3 checkpoint has none."""
+    return nn.Dropout(getattr(config, "resid_pdrop", 0.0))
+
+
 class Block(GradientCheckpointingLayer):
     """Communication, then computation, each added to the residual stream."""
 
@@ -166,6 +172,7 @@ class Block(GradientCheckpointingLayer):
         self.self_attn = Attention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.dropout = branch_dropout(config)
 
     def forward(
         self,
@@ -177,8 +184,8 @@ class Block(GradientCheckpointingLayer):
     ) -> Tensor:
         """Pass x (B, T, H) on."""
         y, _ = self.self_attn(self.input_layernorm(x), rotary, mask, past_key_values, **kwargs)
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.dropout(y)
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class ModernBase(GPTBase):
@@ -207,6 +214,7 @@ class GPTModel(ModernBase):
         self.embed_tokens = nn.Embedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
+        self.dropout = branch_dropout(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -232,6 +240,7 @@ class GPTModel(ModernBase):
             position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen  # (1, T)
         cos, sin = rotary_angles(position_ids, self.config.head_dim, self.rope_theta)
         rotary = cos.to(x.dtype), sin.to(x.dtype)
+        x = self.dropout(x)
         for block in self.layers:
             x = block(x, rotary, mask, past_key_values=cache, position_ids=position_ids, **kwargs)
         return BaseModelOutputWithPast(

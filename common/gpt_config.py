@@ -38,7 +38,7 @@ def build_config(
         intermediate_size: width of the MLP; None: the multiple of 64 nearest 8/3 hidden_size
             (modern), 4 hidden_size (lesson): as many weights either way.
         tie_word_embeddings: the head's matrix is the embedding's.
-        dropout: of attention (modern); of embeddings, attention and both branches (lesson).
+        dropout: of embeddings, attention and both branches of a block.
         pad_token_id: must differ from eos, for scores are read at the last token that is not pad.
         bos_token_id: begins a document.
         eos_token_id: ends a document, and stops `generate`.
@@ -81,7 +81,7 @@ def build_config(
     if shape != "modern":
         raise UserError(f"shape ({shape}) must be modern or lesson")
     _check_modern_heads(hidden_size, num_attention_heads, kv_heads)
-    return Qwen3Config(
+    config = Qwen3Config(
         vocab_size=vocab_size,
         max_position_embeddings=block_size,
         num_hidden_layers=num_hidden_layers,
@@ -97,6 +97,9 @@ def build_config(
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
     )
+    if dropout:
+        config.resid_pdrop = dropout  # Qwen3 itself has none: plain transformers passes it over
+    return config
 
 
 def _check_sizes(sizes: dict[str, int], dropout: float) -> None:

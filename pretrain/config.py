@@ -37,7 +37,7 @@ class ModelConfig:
     tie_word_embeddings: bool = field(
         default=True, metadata={"help": "embedding and head are one table"}
     )
-    dropout: float = field(default=0.0, metadata={"help": "dropout rate (lesson shape)"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout rate"})
     tokenizer: str = field(
         default="bpe", metadata={"help": "characters, bpe (trained on the text), or a directory"}
     )

@@ -384,3 +384,26 @@ def test_checkpoints_beyond_this_gpt_are_refused() -> None:
 def test_lesson_says_when_a_text_is_too_long() -> None:
     with pytest.raises(UserError, match=r"33 tokens .* block_size \(32\)"):
         build("lesson")(tokens(1, 33))
+
+
+def test_dropout_is_of_embeddings_attention_and_both_branches() -> None:
+    """In both shapes, in training alone; without it the modern configuration is Qwen3's own.
+
+    Broken by dropping the sum in place of a branch, and by none on the embeddings.
+    """
+    assert not hasattr(build("modern").config, "resid_pdrop")
+    for shape in SHAPES:
+        model = build(shape, dropout=0.5)
+        seen: dict[str, Tensor] = {}
+        blocks = model.model.layers if shape == "modern" else model.transformer.h
+        norm = blocks[0].input_layernorm if shape == "modern" else blocks[0].ln_1
+        norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.update(before=args[0]))
+        norm = blocks[0].post_attention_layernorm if shape == "modern" else blocks[0].ln_2
+        norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.update(between=args[0]))
+        model.train()(tokens(4, 16))
+        dropped = seen["before"] == 0
+        assert dropped.float().mean().item() == pytest.approx(0.5, abs=0.05)
+        added = seen["between"] - seen["before"]
+        assert (added == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+        model.eval()(tokens(4, 16))
+        assert not (seen["before"] == 0).any()
