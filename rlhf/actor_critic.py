@@ -39,7 +39,7 @@ from rlhf.critic import (
     read_completions,
 )
 from rlhf.prompts import check_inputs
-from rlhf.rollout import drop_ended
+from rlhf.sampling import sample_fast
 from rlhf.score import RewardFunc, TokenScorer, as_function, turn_suffix
 
 VALUE_MODEL = "value_model"
@@ -98,7 +98,7 @@ class ActorCriticTrainer(RLOOTrainer):
                 args.ptx_data, args.ptx_windows, block_size, args.seed, tokenizer
             )
             self.ptx.require_one_each(self.accelerator, args.gradient_accumulation_steps)
-        drop_ended(self)
+        sample_fast(self, args.graph_decoding)
         self._add_critic(next((f for f in scorers if isinstance(f, TokenScorer)), None))
 
     def _add_critic(self, scorer: TokenScorer | None) -> None:

@@ -74,6 +74,12 @@ class PPOConfig(RLOOConfig):
     ptx_windows: int = field(
         default=8, metadata={"help": "Windows of that text to an optimizer step, of all processes."}
     )
+    graph_decoding: bool = field(
+        default=False,
+        metadata={
+            "help": "On a GPU: sample a bfloat16 copy by a CUDA graph (make bench-decoding)."
+        },
+    )
     kl_horizon: int = field(
         default=10_000,
         metadata={"help": "Completions over which target_kl moves beta by a fifth at most."},

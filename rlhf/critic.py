@@ -114,14 +114,19 @@ def plain_policy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """A copy of a policy in eval mode without critic, adapters merged into its weights."""
     model = language_model(policy)
     plain = type(model)(copy.deepcopy(model.config)).to(model.device, model.dtype)
-    if isinstance(policy, PeftModel):
-        policy.merge_adapter()
-    state = {k: v for k, v in _plain_state(model).items() if not k.startswith("critic.")}
-    plain.load_state_dict(state)
-    if isinstance(policy, PeftModel):
-        policy.unmerge_adapter()
+    take_weights(plain, policy)
     plain.generation_config = copy.deepcopy(model.generation_config)
     return plain.eval()
+
+
+def take_weights(plain: PreTrainedModel, policy: PreTrainedModel | PeftModel) -> None:
+    """Give a `plain_policy` the policy's weights of now, in the precision that it has."""
+    if isinstance(policy, PeftModel):
+        policy.merge_adapter()
+    state = _plain_state(language_model(policy))
+    plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("critic.")})
+    if isinstance(policy, PeftModel):
+        policy.unmerge_adapter()
 
 
 def _plain_state(model: nn.Module) -> dict[str, Tensor]:

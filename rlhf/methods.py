@@ -25,7 +25,7 @@ from common.errors import UserError
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
 from rlhf.rewards import score_answers, weigh
-from rlhf.rollout import drop_ended
+from rlhf.sampling import sample_fast
 from rlhf.score import as_function, turn_suffix
 from rlhf.trainer import PPOTrainer
 
@@ -85,7 +85,7 @@ def build_trainer(method: str, rewards: list[Any], args: PPOConfig, **rest: Any)
     config: Any = trl_config(args, RLOOConfig if method == "rloo" else GRPOConfig)
     config.reward_weights = [*weights, args.missing_eos_penalty]
     trainer = trainer_class(reward_funcs=functions, args=config, **rest)
-    drop_ended(trainer)
+    sample_fast(trainer, args.graph_decoding)
     return trainer
 
 

@@ -8,14 +8,9 @@ it, at column `prompt_lengths[b] + t - 1`.
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from common.decoding import sample_unended
-from common.sharded import SHARDED
 
 
 @dataclass
@@ -93,14 +88,3 @@ def plan_micro_batches(
         rows = rows[lengths[rows].argsort(descending=True, stable=True)]
         plan.append(list(rows.split(micro_batch_size)))
     return plan
-
-
-def drop_ended(trainer: Any) -> None:
-    """Let a trainer's policy sample by `sample_unended`.
-
-    Not where processes share its weights: all must take each forward pass, so none ends before the
-    others.
-    """
-    if trainer.accelerator.distributed_type not in SHARDED:
-        policy = trainer.model
-        policy.generate = partial(policy.generate, custom_generate=sample_unended)

@@ -9,8 +9,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from common.decoding import sample_unended
+from common.graph_decoding import CHECKED_EVERY, GraphSampler
 from tests.toy import save_toy
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 PAD = 0
 ENDS = list(range(1, 60))  # so many that rows end soon, and apart
 
@@ -114,3 +116,28 @@ def test_where_rows_cannot_leave_it_is_theirs(way: dict[str, Any], tmp_path: Pat
     ids, mask = prompts(8)
     options = way | {"disable_compile": True, "custom_generate": sample_unended}
     assert torch.equal(generate(model, ids, mask, **options), generate(model, ids, mask))
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_steps_are_as_transformers_has_them(
+    kind: str, device: str, tmp_path: Path
+) -> None:
+    """Greedy, with and without padding, recordings used again, weights changed between.
+
+    Broken by a mask that is not put back, positions that start at the prompt's width, rows that go
+    on after their end, and a cache that is not reset.
+    """
+    model, sample = load(kind, tmp_path).to(device), GraphSampler()
+    for rows, padded in ((24, True), (8, True), (24, False), (24, True)):
+        ids, mask = (part.to(device) for part in prompts(rows, padded))
+        plain = generate(model, ids, mask)
+        new = generate(model, ids, mask, custom_generate=sample)
+        assert torch.equal(new[:, : plain.shape[1]], plain)
+        assert (new[:, plain.shape[1] :] == PAD).all()
+        assert new.shape[1] - plain.shape[1] < CHECKED_EVERY
+        with torch.no_grad():
+            model.get_input_embeddings().weight[60:].mul_(1.05)
+    assert len(sample.recordings) == 2
