@@ -19,6 +19,8 @@
 #   make lesson     the lesson's ladder on Tiny Shakespeare, rung by rung [DATA=path]
 #   make bench-rlhf [TRL112=path/to/python]   our PPO's speed and memory, and TRL 1.12's beside
 #   make bench-pretrain   pretraining's speed [DATA=path] [NANOGPT=path to a checkout, to run beside]
+#   make bench-pretrain-gpu   the same on a GPU, at GPT-2's size [DATA=path] [NANOGPT=path]
+#   make bench-decoding   on a GPU, sampling's speed against the memory's, and its share of PPO's time
 #   make check      style, lint and types
 
 PROFILE ?= arden
@@ -42,7 +44,7 @@ LAUNCH = $(BIN)/accelerate launch --quiet --config_file configs/accelerate/$(ACC
 BY_METHOD = $(if $(METHOD),--method $(METHOD) --output_dir $(FOLDER)/rlhf_$(METHOD))
 STAGES := pretrain sft reward rlhf
 
-.PHONY: setup test check check-data all chat lesson clean rankings seeds rounds sweep rlhf_judge arden-report frontier bench-rlhf bench-pretrain realm $(STAGES)
+.PHONY: setup test check check-data all chat lesson clean rankings seeds rounds sweep rlhf_judge arden-report frontier bench-rlhf bench-pretrain bench-pretrain-gpu bench-decoding realm $(STAGES)
 
 setup: .venv/installed
 
@@ -90,6 +92,12 @@ lesson: setup
 
 bench-pretrain: setup
 	$(BIN)/python -m pretrain.bench $(if $(DATA),--data $(DATA)) $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(ARGS)
+
+bench-pretrain-gpu: setup
+	$(BIN)/python -m pretrain.bench_gpu $(if $(DATA),--data $(DATA)) $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(ARGS)
+
+bench-decoding: setup
+	$(BIN)/python -m rlhf.bench.decoding $(ARGS)
 
 chat: setup
 	$(BIN)/python -m common.chat $(FOLDER) $(if $(STAGE),--stage $(STAGE))

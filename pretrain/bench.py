@@ -3,6 +3,7 @@
 make bench-pretrain DATA=input.txt                    ours alone
 make bench-pretrain DATA=input.txt NANOGPT=path       beside a checkout of nanoGPT
 make bench-pretrain DATA=input.txt ARGS="--rounds 1 --threads 2"
+make bench-pretrain-gpu ...                       on a GPU, at other sizes (pretrain/bench_gpu.py)
 
 Every run is a process of its own, pinned to the same cores with the same number of threads; a round
 goes through all of them, so that both sides see the machine at its best and worst. The table, and
@@ -123,13 +124,13 @@ def one_round(config: BenchConfig, folder: Path, seed: int) -> dict[str, float |
         return run_nanogpt(folder / "nanogpt", shape, steps, threads, block, **fields)
 
     target = ours("target", max_steps=config.target_steps)
-    values |= _describe("", "target", target) | {"val_loss_target": target.val_loss}
+    values |= describe("", "target", target) | {"val_loss_target": target.val_loss}
     small = theirs(SMALL, README_STEPS, BLOCK)
-    values |= _compare("0p8m", ours("0p8m", **SMALL.ours(), max_steps=config.small_steps), small)
+    values |= compare("0p8m", ours("0p8m", **SMALL.ours(), max_steps=config.small_steps), small)
     values |= _peak_fractions("0p8m", folder, values, peaks)
     # Too short a run to evaluate in, but for what nanoGPT does before its first step
     large = theirs(LARGE, config.large_steps, LARGE_BLOCK, eval_interval=100_000, eval_iters=1)
-    values |= _compare("10p8m", ours("10p8m", **LARGE.ours(), max_steps=config.large_steps), large)
+    values |= compare("10p8m", ours("10p8m", **LARGE.ours(), max_steps=config.large_steps), large)
     values |= _peak_fractions("10p8m", folder, values, peaks)
     reached = target.val_loss <= TARGET
     values["train_seconds_to_1p898"] = target.train_seconds if reached else None
@@ -152,16 +153,18 @@ def one_round(config: BenchConfig, folder: Path, seed: int) -> dict[str, float |
     return values
 
 
-def _compare(name: str, ours: Run, theirs: Run | None) -> dict[str, float]:
-    values = _describe("", name, ours)
+def compare(name: str, ours: Run, theirs: Run | None) -> dict[str, float]:
+    """What both took, and the ratio of their speeds."""
+    values = describe("", name, ours)
     if theirs:
-        values |= _describe("nanogpt_", name, theirs)
+        values |= describe("nanogpt_", name, theirs)
         ratio = ours.tokens_per_second / theirs.tokens_per_second
         values[f"tokens_per_second_ratio_{name}"] = ratio
     return values
 
 
-def _describe(prefix: str, name: str, one: Run) -> dict[str, float]:
+def describe(prefix: str, name: str, one: Run) -> dict[str, float]:
+    """What a run took, as figures."""
     return {
         f"{prefix}{figure}_{name}": getattr(one, figure)
         for figure in (

@@ -79,19 +79,22 @@ class Run:
     core_share: float  # of its cores' time that the process got; below 1, others ran there
 
 
-def run_ours(output: Path, fields: dict[str, Any], threads: int, block: int) -> Run:
-    """Stage 1 by its command, with `fields` over `configs/shakespeare/small.yaml`.
+def run_ours(
+    output: Path, fields: dict[str, Any], threads: int, block: int, base: str = "small"
+) -> Run:
+    """Stage 1 by its command, with `fields` over a configuration of `configs/shakespeare`.
 
     Args:
         output: its output directory, made anew.
         fields: names and values of its configuration.
         threads: that it has.
         block: steps over which a speed is taken.
+        base: the configuration's name.
     """
     shutil.rmtree(output, ignore_errors=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     values = fields | {"output_dir": output.absolute(), "logging_steps": block}
-    config = str(ROOT / "configs" / "shakespeare" / "small.yaml")
+    config = str(ROOT / "configs" / "shakespeare" / f"{base}.yaml")
     command = [sys.executable, "-m", "pretrain", "--config", config, *as_flags(values)]
     used = _run(command, ROOT, output.with_suffix(".log"), threads)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -125,7 +128,8 @@ def run_nanogpt(
     used = _run(command, copy, log, threads)
     found = re.findall(r"^iter (\d+): .* time ([\d.]+)ms", log.read_text(), re.MULTILINE)
     seconds = [float(ms) / 1000 for i, ms in found if int(i) % values["eval_interval"]]
-    step_tokens = shape.batch_size * shape.block_size
+    windows = shape.batch_size * values.get("gradient_accumulation_steps", 1)
+    step_tokens = windows * shape.block_size
     blocks = [seconds[i : i + block] for i in range(block, len(seconds) - block + 1, block)]
     return Run(
         train_seconds=statistics.fmean(seconds) * steps,
@@ -177,13 +181,14 @@ def nanogpt_loss(copy: Path) -> float:
     assert spec and spec.loader
     theirs: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
-    saved = torch.load(copy / "out-shakespeare-char" / "ckpt.pt")
+    saved = torch.load(copy / "out-shakespeare-char" / "ckpt.pt", map_location="cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with contextlib.redirect_stdout(io.StringIO()):
-        model = theirs.GPT(theirs.GPTConfig(**saved["model_args"])).eval()
+        model = theirs.GPT(theirs.GPTConfig(**saved["model_args"])).to(device).eval()
     weights = {name.removeprefix("_orig_mod."): w for name, w in saved["model"].items()}
     model.load_state_dict(weights)
     tokens = np.fromfile(copy / "data" / "shakespeare_char" / "val.bin", dtype=np.uint16)
-    ids, nats = torch.from_numpy(tokens.astype(np.int64)), 0.0
+    ids, nats = torch.from_numpy(tokens.astype(np.int64)).to(device), 0.0
     width = saved["model_args"]["block_size"]
     whole = (len(ids) - 1) // width * width
     parts = list(zip(ids[:whole].view(-1, width), ids[1 : whole + 1].view(-1, width), strict=True))

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from rlhf.bench.pace import Pace
-from rlhf.bench.problem import read, tokenizer
+from rlhf.bench.problem import Problem, read, tokenizer
 from rlhf.config import PPOConfig
 from rlhf.trainer import PPOTrainer
 
@@ -28,6 +28,8 @@ def time_phases(trainer: Any) -> dict[str, float]:
             try:
                 return original(*args, **kwargs)
             finally:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 seconds[phase] += time.perf_counter() - start
 
         setattr(owner, method, timed)
@@ -40,9 +42,8 @@ def time_phases(trainer: Any) -> dict[str, float]:
     return seconds
 
 
-def main(folder: Path, name: str) -> None:
-    """Train until told to stop."""
-    problem = read(folder, name)
+def build(folder: Path, name: str, problem: Problem, graph_decoding: bool = False) -> PPOTrainer:
+    """The trainer on what `create` wrote to the folder."""
     torch.manual_seed(problem.seed)
     words = tokenizer(problem.vocab_size)
     prompts = read_prompts(folder, words)
@@ -60,19 +61,26 @@ def main(folder: Path, name: str) -> None:
         share_trunk=problem.share_trunk,
         vf_coef=1.0 if problem.share_trunk else 0.1,
         missing_eos_penalty=0.0,
+        graph_decoding=graph_decoding,
         seed=problem.seed,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
     )
-    trainer = PPOTrainer(
+    return PPOTrainer(
         model=str(folder / "policy"),
         reward_funcs=str(folder / "reward"),
         args=config,
         train_dataset=prompts,
         processing_class=words,
     )
+
+
+def main(folder: Path, name: str) -> None:
+    """Train until told to stop."""
+    trainer: Any = build(folder, name, read(folder, name))
     phases = time_phases(trainer)
 
     def figures() -> dict[str, float]:
@@ -82,7 +90,7 @@ def main(folder: Path, name: str) -> None:
         phases.clear()
         return told
 
-    trainer.add_callback(Pace(figures, config.steps_per_update))
+    trainer.add_callback(Pace(figures, trainer.args.steps_per_update))
     trainer.train()
 
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch
 from common.artifacts import read_json
 from common.errors import UserError
 from common.tasks import load_task
-from pretrain import bench
+from pretrain import bench, bench_gpu
 from pretrain.bench import BenchConfig, format_table, summarise
+from pretrain.bench_gpu import BenchGpuConfig
 from pretrain.bench_runs import Run, Shape, copy_nanogpt, run_nanogpt, run_ours
 
 PLAY = "FIRST:\nab ba.\n\nSECOND:\nba ab.\n\n" * 100
@@ -102,6 +104,9 @@ def test_refusals(tmp_path: Path) -> None:
         BenchConfig(threads=9999)
     with pytest.raises(UserError, match=r"no train.py there; give a checkout of nanoGPT"):
         BenchConfig(nanogpt=str(tmp_path))
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"needs a CUDA GPU: bench-pretrain is for a CPU"):
+            BenchGpuConfig()
 
 
 def known_round(monkeypatch: pytest.MonkeyPatch, target_loss: float) -> dict[str, float | None]:
@@ -152,3 +157,39 @@ def test_every_figure_is_defined(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in known_round(monkeypatch, target_loss=1.89):
         plain = re.sub(r"_(0p8m|10p8m|target)$", "_<run>", name).removeprefix("nanogpt_")
         assert {name, plain} & defined, name
+
+
+def test_gpu_round_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both take half a million tokens a step. Seen to fail with theirs over ours, and with the
+    steps of one side split otherwise."""
+    windows: dict[str, int] = {}
+
+    def ours(output: Path, fields: dict, threads: int, block: int, base: str = "small") -> Run:
+        if output.name == "124m":
+            parts = fields["gradient_accumulation_steps"]
+            windows["ours"] = parts * fields["per_device_train_batch_size"]
+            return Run(5.0, 1, 6e5, 2.0, 9.0, 0.5, 1.0)
+        return Run(10.0, 1, 9e5, 1.45, 30.0, 0.5, 1.0)
+
+    def theirs(copy: Path, shape: Shape, steps: int, *_: int, **fields: Any) -> Run:
+        assert fields["device"] == "cuda"
+        if shape.block_size == 1024:
+            windows["theirs"] = fields["gradient_accumulation_steps"] * shape.batch_size
+            return Run(5.0, 1, 4e5, 2.0, 9.0, 0.5, 1.0)
+        assert (steps, fields["dropout"]) == (5000, 0.2)
+        return Run(40.0, 1, 6e5, 1.47, 90.0, 0.5, 1.0)
+
+    monkeypatch.setattr(bench_gpu, "run_ours", ours)
+    monkeypatch.setattr(bench_gpu, "run_nanogpt", theirs)
+    monkeypatch.setattr(bench_gpu, "matmul_peak", lambda *_: 8e14)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = BenchGpuConfig()
+    config.nanogpt = "a checkout"
+    values = bench_gpu.one_round(config, Path("out"), Path("blank"), flops=10**9, seed=4)
+    assert windows == {"ours": 480, "theirs": 480}
+    assert values["tokens_per_second_ratio_124m"] == 1.5
+    assert values["bf16_peak_fraction_124m"] == pytest.approx(0.75)
+    assert values["nanogpt_bf16_peak_fraction_124m"] == pytest.approx(0.5)
+    assert values["train_time_ratio_shakespeare"] == 0.25
+    assert values["val_loss_shakespeare"] == 1.45
+    assert values["nanogpt_val_loss_shakespeare"] == 1.47

@@ -1,0 +1,158 @@
+"""Speed of pretraining on a GPU, by itself or beside nanoGPT in the same minutes.
+
+make bench-pretrain-gpu DATA=input.txt NANOGPT=path
+
+Two comparisons, every run a process of its own, with compile: GPT-2's smallest shape at contexts of
+1,024 tokens, half a million tokens a step, for its tokens a second; and Tiny Shakespeare by the
+10.8M parameters of nanoGPT's configuration for a GPU, for its exact validation loss and how long it
+took. nanoGPT keeps the checkpoint of its least sampled loss, and that one is measured. Writes
+`pretrain_gpu.json`; what each figure is: docs/pretrain.md.
+"""
+
+import datetime
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.artifacts import write_json
+from common.config import parse_config, run
+from common.errors import UserError
+from common.gpt import build_config, build_gpt
+from common.tasks import load_task
+from pretrain.bench import compare, format_table, summarise
+from pretrain.bench_runs import Run, Shape, copy_nanogpt, run_nanogpt, run_ours
+from pretrain.speed import flops_per_token, matmul_peak
+
+GPT2 = Shape(layers=12, heads=12, hidden=768, block_size=1024, batch_size=32)
+GPT2_WINDOWS = 480  # a step
+GPT2_VOCAB = 50_304
+NANOGPT_MICRO_BATCH = 12  # its own choice for this shape
+SHAKESPEARE = Shape(layers=6, heads=6, hidden=384, block_size=256, batch_size=64)
+SHAKESPEARE_STEPS = 5000  # nanoGPT's
+THREADS = 8
+
+
+@dataclass
+class BenchGpuConfig:
+    """What to run."""
+
+    data: str = field(default="shakespeare", metadata={"help": "Tiny Shakespeare: name or file"})
+    nanogpt: str | None = field(
+        default=None, metadata={"help": "checkout of nanoGPT to run beside"}
+    )
+    output_dir: str = field(default="out/bench", metadata={"help": "where pretrain_gpu.json goes"})
+    rounds: int = field(default=3, metadata={"help": "times through all runs, a seed each"})
+    seed: int = field(default=0, metadata={"help": "ours, of the first round"})
+    gpt2_steps: int = field(default=12, metadata={"help": "both, at GPT-2's shape"})
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            UserError: no GPU, too few steps or rounds, no nanoGPT at the path.
+        """
+        if not torch.cuda.is_available():
+            raise UserError("bench-pretrain-gpu needs a CUDA GPU: bench-pretrain is for a CPU")
+        for name, least in (("rounds", 1), ("gpt2_steps", 6)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} ({getattr(self, name)}) must be at least {least}")
+        if self.nanogpt and not (Path(self.nanogpt) / "train.py").exists():
+            raise UserError(f"{self.nanogpt}: no train.py there; give a checkout of nanoGPT")
+
+
+def main() -> None:
+    """Run the rounds, print the table, write `pretrain_gpu.json`."""
+    (config,) = parse_config(BenchGpuConfig)
+    folder = Path(config.output_dir)
+    task = load_task(config.data, plays=True)
+    if config.nanogpt:
+        copy_nanogpt(Path(config.nanogpt), folder / "nanogpt", task)
+        characters = folder / "nanogpt" / "data" / "shakespeare_char"
+        for name in ("train.bin", "val.bin"):  # GPT-2's vocabulary is nanoGPT's where none is told
+            (characters.parent / "openwebtext" / name).write_bytes((characters / name).read_bytes())
+    blank = folder / "gpt2_blank"
+    flops = flops_per_token(save_blank(blank))
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "machine": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+    }
+    rounds: list[dict[str, float | None]] = []
+    for number in range(config.rounds):
+        rounds.append(one_round(config, folder, blank, flops, config.seed + number))
+        figures = summarise(rounds)
+        write_json(folder / "pretrain_gpu.json", about | {"rounds": len(rounds)} | figures)
+        print(f"round {number + 1} of {config.rounds}", flush=True)
+    print("\n".join(format_table(figures)))
+
+
+def save_blank(folder: Path) -> Any:
+    """GPT-2's smallest shape with fresh weights, written for stage 1 to start from."""
+    config = build_config(
+        "lesson",
+        vocab_size=GPT2_VOCAB,
+        block_size=GPT2.block_size,
+        num_hidden_layers=GPT2.layers,
+        hidden_size=GPT2.hidden,
+        num_attention_heads=GPT2.heads,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = build_gpt(config)
+    model.save_pretrained(folder)
+    return model
+
+
+def one_round(
+    config: BenchGpuConfig, folder: Path, blank: Path, flops: int, seed: int
+) -> dict[str, float | None]:
+    """All runs once; figures by name, ratios as ours over theirs."""
+    peak = matmul_peak(torch.bfloat16, torch.device("cuda"))
+    data = Path(config.data).absolute() if Path(config.data).exists() else config.data
+    common: dict[str, Any] = {"data": data, "seed": seed, "torch_compile": True}
+    values: dict[str, float | None] = {"matmul_tflops_bf16": peak / 1e12}
+
+    def theirs(shape: Shape, steps: int, **fields: Any) -> Run | None:
+        if not config.nanogpt:
+            return None
+        return run_nanogpt(folder / "nanogpt", shape, steps, THREADS, 2, device="cuda", **fields)
+
+    gpt2: dict[str, Any] = common | {
+        "model_name_or_path": blank.absolute(),
+        "per_device_train_batch_size": GPT2.batch_size,
+        "gradient_accumulation_steps": GPT2_WINDOWS // GPT2.batch_size,
+        "per_device_eval_batch_size": 16,
+        "max_steps": config.gpt2_steps,
+    }
+    ours = run_ours(folder / "124m", gpt2, THREADS, 2)
+    found = theirs(
+        replace(GPT2, batch_size=NANOGPT_MICRO_BATCH),
+        config.gpt2_steps,
+        dataset="openwebtext",
+        gradient_accumulation_steps=GPT2_WINDOWS // NANOGPT_MICRO_BATCH,
+        eval_interval=100_000,
+        eval_iters=1,
+    )
+    values |= compare("124m", ours, found)
+    values["bf16_peak_fraction_124m"] = ours.tokens_per_second * flops / peak
+    if found:
+        fraction = found.tokens_per_second * flops / peak
+        values["nanogpt_bf16_peak_fraction_124m"] = fraction
+    ours = run_ours(folder / "shakespeare", common, THREADS, 50, base="large")
+    values["val_loss_shakespeare"] = ours.val_loss
+    found = theirs(
+        SHAKESPEARE, SHAKESPEARE_STEPS, dropout=0.2, eval_iters=200, always_save_checkpoint=False
+    )
+    values |= compare("shakespeare", ours, found)
+    if found:
+        values["nanogpt_val_loss_shakespeare"] = found.val_loss
+        ratio = ours.train_seconds / found.train_seconds
+        values["train_time_ratio_shakespeare"] = ratio
+    return values
+
+
+if __name__ == "__main__":
+    run(main)
