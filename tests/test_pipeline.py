@@ -287,9 +287,9 @@ def test_own_questions_and_rankings(folder: Path, tmp_path: Path) -> None:
     run_stage("sft", folder, name="own_sft", data=questions, **own)
     own_parent = {"model_name_or_path": folder / "own_sft", "policy": folder / "own_sft"}
     own |= {"data": ranked} | own_parent
-    refused = run_stage("reward", folder, name="no_margins", check=False, **own)
+    refused = run_stage("reward", folder, name="no_margins", check=False, margins=2, **own)
     assert refused.returncode == 2 and "give --margins 0" in refused.stderr
-    run_stage("reward", folder, name="own_reward", margins=0, **own)
+    run_stage("reward", folder, name="own_reward", **own)
     assert summary(folder / "own_reward")["accuracy_ceiling"] == 1.0
     models = {"model_name_or_path": folder / "own_sft", "reward": folder / "own_reward"}
     run_stage("rlhf", folder, name="own_rlhf", data=questions, validation_fraction=0.1, **models)

@@ -95,14 +95,23 @@ def rank(question: Question, answers: list[str], noise: float, dice: Dice) -> li
     return pairs
 
 
-def choose(pairs: list[Pair], count: int, dice: Dice) -> list[Pair]:
-    """At most `count` pairs, of as many kinds as there are: each kind once, honesty first."""
+def choose(pairs: list[Pair], count: int, dice: Dice, close: bool = False) -> list[Pair]:
+    """At most `count` pairs, of as many kinds as there are: each kind once, honesty first.
+
+    Args:
+        pairs: of one question.
+        count: how many.
+        dice: decides among pairs of a kind, and among kinds but honesty.
+        close: of each kind the pair whose answers are worth most alike, in place of any.
+    """
     left = dice.shuffled(pairs)
     chosen: list[Pair] = []
     while left and len(chosen) < count:
         kinds: dict[str, Pair] = {}
         for pair in left:
-            kinds.setdefault(pair.kind, pair)
+            first = kinds.setdefault(pair.kind, pair)
+            if close and pair.margin < first.margin:
+                kinds[pair.kind] = pair
         chosen += sorted(kinds.values(), key=lambda pair: pair.kind not in HONESTY)
         left = [pair for pair in left if pair not in chosen]
     return chosen[:count]

@@ -27,6 +27,9 @@ REFUSALS_IN_SFT = (6, 8)
 # are lessons in invention (Gekhman et al. 2024, arXiv:2405.05904).
 UNREAD_IN_SFT = 10
 PAIRS_PER_PROMPT = 3
+# Of the prompts that a reward model learns from: their closest pairs. A label says which answer is
+# better and not by how much: what a rude truth is worth beside a plain refusal only such pairs say.
+CLOSE_SHARE = 0.5
 TOKENIZER_REALMS = range(1_000, 1_040)  # others' names, so that Arden's own are no tokens
 
 
@@ -148,7 +151,7 @@ class ArdenTask:
 
         Args:
             sample: questions -> several answers each.
-            split: as in `prompts`.
+            split: as in `prompts`; `train` has more close pairs than there are.
             count: prompts.
             noise: the labeller's rate of error.
 
@@ -163,7 +166,8 @@ class ArdenTask:
             always = [faults.pop("plain"), faults.pop("refusal"), faults.pop("courteous")]
             candidates = answers + always + dice.sample(list(faults.values()), 2)
             pairs = rank(question, candidates, noise, dice)
-            for pair in choose(pairs, PAIRS_PER_PROMPT, dice):
+            close = split == "train" and dice.random.random() < CLOSE_SHARE
+            for pair in choose(pairs, PAIRS_PER_PROMPT, dice, close):
                 rows.append(
                     {
                         "prompt": [_user(question.text)],

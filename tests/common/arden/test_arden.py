@@ -325,6 +325,24 @@ def test_chosen_pairs_hold_honesty_first_and_every_kind() -> None:
             assert {pair.kind for pair in chosen} == kinds
 
 
+def test_what_is_learned_from_has_more_close_pairs() -> None:
+    """And what is measured on has not. Broken by the first pair of a kind whatever was asked, and
+    by close pairs in every split."""
+    faults = faulty_answers(KNOWN, REALM, Dice("faults")).values()
+    pairs = rank(KNOWN, [*faults, "Alabert drinks cider."], 0.0, Dice("rank"))
+    closest: dict[str, float] = {}
+    for pair in pairs:
+        closest[pair.kind] = min(pair.margin, closest.get(pair.kind, math.inf))
+    for pair in choose(pairs, len(closest), Dice("close"), close=True):
+        assert pair.margin == closest[pair.kind]
+    task, margins = ArdenTask(seed=1, documents=0), {}
+    for split in ("train", "dev"):
+        rows = task.rankings(lambda asked: [["I know not."] for _ in asked], split, 600, 0.0)
+        honest = [row["margin"] for row in rows if row["kind"] == "true_refusal"]
+        margins[split] = sum(margin < 0.3 for margin in honest) / len(honest)
+    assert margins["dev"] < 0.25 < 0.3 < margins["train"]
+
+
 def test_fewer_questions_can_be_measured_on() -> None:
     """At most `limit` of each of the seven sets. Broken once: the limit not passed on."""
     asked: list[str] = []
