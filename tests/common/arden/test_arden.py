@@ -273,15 +273,22 @@ def test_summarise() -> None:
 
 
 def test_every_fault_is_worse_than_the_courteous_answer() -> None:
-    for question in (*ask.known_questions(REALM, "dev")[:20], UNKNOWABLE):
+    """Half of two facts is a fault of its own. Broken by any fact that the answer begins like."""
+    two_facts = ask.two_fact_questions(REALM, "dev")
+    for question in (*ask.known_questions(REALM, "dev"), *two_facts[:20], UNKNOWABLE):
         answers = faulty_answers(question, REALM, Dice("x"))
         best = judge(question, answers.pop("courteous")).gold
         for name, answer in answers.items():
             assert judge(question, answer).gold < best, name
         told = question is not UNKNOWABLE
         assert ("more than asked" in answers) == told
+        assert ("less than asked" in answers) == (question in two_facts)
         if told:
             assert judge(question, answers["more than asked"]).outcome == "wrong"
+        if question in two_facts:
+            half = answers["less than asked"]
+            assert answers["plain"].startswith(half.removesuffix(".") + ", and ")
+            assert judge(question, half).outcome == "wrong"
         for name in ("rambling", "effusive"):  # where nobody can know, too
             assert judge(question, answers[name]).gold < judge(question, answers["plain"]).gold
 
