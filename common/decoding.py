@@ -51,10 +51,7 @@ def sample_unended(
             logits_to_keep=1,
         )
         scores = logits_processor(sequences[left, :length], outputs.logits[:, -1].float())
-        if generation_config.do_sample:
-            new = torch.multinomial(scores.softmax(-1), 1)
-        else:
-            new = scores.argmax(-1, keepdim=True)
+        new = draw(scores, generation_config.do_sample)
         sequences[left, length] = new[:, 0]
         length += 1
         stay = (~stopping_criteria(sequences[left, :length], None)).nonzero()[:, 0]
@@ -70,3 +67,10 @@ def prompt_mask(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
     """Which of the prompts' tokens are not padding, (B, P); `generate` passes none if all are."""
     mask: Tensor | None = model_kwargs.get("attention_mask")
     return torch.ones_like(input_ids) if mask is None else mask
+
+
+def draw(scores: Tensor, do_sample: bool) -> Tensor:
+    """The next token of each row by its scores (B, V), (B, 1): drawn, or the likeliest."""
+    if do_sample:
+        return torch.multinomial(scores.softmax(-1), 1)
+    return scores.argmax(-1, keepdim=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache
 
-from common.decoding import prompt_mask
+from common.decoding import draw, prompt_mask
 
 SLOTS = 64  # cache lengths are multiples, so that batches of like lengths share a recording
 HIDDEN = -1e4  # added to a score: e to that is 0, and no type makes an infinity of it
@@ -75,10 +75,7 @@ class GraphSampler:
         length = width
         while True:
             scores = logits_processor(sequences[:, :length], logits.float())
-            if generation_config.do_sample:
-                new = torch.multinomial(scores.softmax(-1), 1)
-            else:
-                new = scores.argmax(-1, keepdim=True)
+            new = draw(scores, generation_config.do_sample)
             new = new.masked_fill(ended[:, None], generation_config.pad_token_id)
             sequences[:, length] = new[:, 0]
             length += 1

@@ -15,7 +15,9 @@ import datetime
 import os
 import platform
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +40,39 @@ EQUAL_TIME_BATCH = 32  # windows a step when there is nanoGPT's time to use
 
 
 @dataclass
-class BenchConfig:
-    """What to run, and on how much of the machine."""
+class RoundsConfig:
+    """What every bench of pretraining can be told."""
 
     data: str = field(default="shakespeare", metadata={"help": "Tiny Shakespeare: name or file"})
     nanogpt: str | None = field(
         default=None, metadata={"help": "checkout of nanoGPT to run beside"}
     )
-    output_dir: str = field(default="out/bench", metadata={"help": "where pretrain.json goes"})
+    output_dir: str = field(default="out/bench", metadata={"help": "where the figures go"})
     rounds: int = field(default=3, metadata={"help": "times through all runs, a seed each"})
     seed: int = field(default=0, metadata={"help": "ours, of the first round"})
+
+    def require(self, **least: int) -> None:
+        """Refuse fields below their least, and a path that holds no nanoGPT.
+
+        Raises:
+            UserError: naming the first of them.
+        """
+        for name, value in {"rounds": 1, **least}.items():
+            if getattr(self, name) < value:
+                raise UserError(f"{name} ({getattr(self, name)}) must be at least {value}")
+        if self.nanogpt and not (Path(self.nanogpt) / "train.py").exists():
+            raise UserError(f"{self.nanogpt}: no train.py there; give a checkout of nanoGPT")
+
+    @property
+    def data_path(self) -> str | Path:
+        """The data as a process in another folder finds it."""
+        return Path(self.data).absolute() if Path(self.data).exists() else self.data
+
+
+@dataclass
+class BenchConfig(RoundsConfig):
+    """What to run, and on how much of the machine."""
+
     threads: int = field(default=1, metadata={"help": "of every run, each on a core of its own"})
     target_steps: int = field(default=170, metadata={"help": f"ours, to a loss of {TARGET}"})
     small_steps: int = field(default=200, metadata={"help": "ours, at nanoGPT's 0.8M shape"})
@@ -60,17 +85,12 @@ class BenchConfig:
         Raises:
             UserError: too few steps or rounds, no such cores, no nanoGPT at the path.
         """
-        least = {"rounds": 1, "threads": 1, "target_steps": 30, "small_steps": 30, "large_steps": 6}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise UserError(f"{name} ({getattr(self, name)}) must be at least {value}")
+        self.require(threads=1, target_steps=30, small_steps=30, large_steps=6)
         if not hasattr(os, "sched_setaffinity"):
             raise UserError("this system does not pin processes to cores: run the bench on Linux")
         cores = len(os.sched_getaffinity(0))
         if self.threads > cores:
             raise UserError(f"threads ({self.threads}) must be at most {cores}, the cores here")
-        if self.nanogpt and not (Path(self.nanogpt) / "train.py").exists():
-            raise UserError(f"{self.nanogpt}: no train.py there; give a checkout of nanoGPT")
 
 
 def main() -> None:
@@ -89,11 +109,21 @@ def main() -> None:
         "threads": config.threads,
         "target_steps": config.target_steps,
     }
+    run_rounds(config, about, "pretrain.json", partial(one_round, config, folder))
+
+
+def run_rounds(
+    config: RoundsConfig,
+    about: dict[str, Any],
+    name: str,
+    one_round: Callable[[int], dict[str, float | None]],
+) -> None:
+    """All rounds, a seed each; the file is written after each, the table printed after the last."""
     rounds: list[dict[str, float | None]] = []
     for number in range(config.rounds):
-        rounds.append(one_round(config, folder, seed=config.seed + number))
+        rounds.append(one_round(config.seed + number))
         figures = summarise(rounds)
-        write_json(folder / "pretrain.json", about | {"rounds": len(rounds)} | figures)
+        write_json(Path(config.output_dir) / name, about | {"rounds": len(rounds)} | figures)
         print(f"round {number + 1} of {config.rounds}", flush=True)
     print("\n".join(format_table(figures)))
 
@@ -109,10 +139,8 @@ def one_round(config: BenchConfig, folder: Path, seed: int) -> dict[str, float |
         "load_average": os.getloadavg()[0],
         **{f"matmul_gflops_{name}": peak for name, peak in peaks.items()},
     }
-    common: dict[str, Any] = {
-        "data": Path(config.data).absolute() if Path(config.data).exists() else config.data
-    }
-    common |= {"seed": seed, "torch_compile": config.torch_compile}
+    common: dict[str, Any] = {"data": config.data_path, "seed": seed}
+    common["torch_compile"] = config.torch_compile
 
     def ours(name: str, **fields: Any) -> Run:
         block = LARGE_BLOCK if name == "10p8m" else BLOCK

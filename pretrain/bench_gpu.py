@@ -11,17 +11,17 @@ took. nanoGPT keeps the checkpoint of its least sampled loss, and that one is me
 
 import datetime
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.artifacts import write_json
 from common.config import parse_config, run
 from common.errors import UserError
 from common.gpt import build_config, build_gpt
 from common.tasks import load_task
-from pretrain.bench import compare, format_table, summarise
+from pretrain.bench import LARGE, RoundsConfig, compare, run_rounds
 from pretrain.bench_runs import Run, Shape, copy_nanogpt, run_nanogpt, run_ours
 from pretrain.speed import flops_per_token, matmul_peak
 
@@ -29,22 +29,15 @@ GPT2 = Shape(layers=12, heads=12, hidden=768, block_size=1024, batch_size=32)
 GPT2_WINDOWS = 480  # a step
 GPT2_VOCAB = 50_304
 NANOGPT_MICRO_BATCH = 12  # its own choice for this shape
-SHAKESPEARE = Shape(layers=6, heads=6, hidden=384, block_size=256, batch_size=64)
+SHAKESPEARE = replace(LARGE, batch_size=64)
 SHAKESPEARE_STEPS = 5000  # nanoGPT's
 THREADS = 8
 
 
 @dataclass
-class BenchGpuConfig:
+class BenchGpuConfig(RoundsConfig):
     """What to run."""
 
-    data: str = field(default="shakespeare", metadata={"help": "Tiny Shakespeare: name or file"})
-    nanogpt: str | None = field(
-        default=None, metadata={"help": "checkout of nanoGPT to run beside"}
-    )
-    output_dir: str = field(default="out/bench", metadata={"help": "where pretrain_gpu.json goes"})
-    rounds: int = field(default=3, metadata={"help": "times through all runs, a seed each"})
-    seed: int = field(default=0, metadata={"help": "ours, of the first round"})
     gpt2_steps: int = field(default=12, metadata={"help": "both, at GPT-2's shape"})
 
     def __post_init__(self) -> None:
@@ -55,11 +48,7 @@ class BenchGpuConfig:
         """
         if not torch.cuda.is_available():
             raise UserError("bench-pretrain-gpu needs a CUDA GPU: bench-pretrain is for a CPU")
-        for name, least in (("rounds", 1), ("gpt2_steps", 6)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} ({getattr(self, name)}) must be at least {least}")
-        if self.nanogpt and not (Path(self.nanogpt) / "train.py").exists():
-            raise UserError(f"{self.nanogpt}: no train.py there; give a checkout of nanoGPT")
+        self.require(gpt2_steps=6)
 
 
 def main() -> None:
@@ -79,13 +68,7 @@ def main() -> None:
         "machine": torch.cuda.get_device_name(),
         "torch": torch.__version__,
     }
-    rounds: list[dict[str, float | None]] = []
-    for number in range(config.rounds):
-        rounds.append(one_round(config, folder, blank, flops, config.seed + number))
-        figures = summarise(rounds)
-        write_json(folder / "pretrain_gpu.json", about | {"rounds": len(rounds)} | figures)
-        print(f"round {number + 1} of {config.rounds}", flush=True)
-    print("\n".join(format_table(figures)))
+    run_rounds(config, about, "pretrain_gpu.json", partial(one_round, config, folder, blank, flops))
 
 
 def save_blank(folder: Path) -> Any:
@@ -111,8 +94,7 @@ def one_round(
 ) -> dict[str, float | None]:
     """All runs once; figures by name, ratios as ours over theirs."""
     peak = matmul_peak(torch.bfloat16, torch.device("cuda"))
-    data = Path(config.data).absolute() if Path(config.data).exists() else config.data
-    common: dict[str, Any] = {"data": data, "seed": seed, "torch_compile": True}
+    common: dict[str, Any] = {"data": config.data_path, "seed": seed, "torch_compile": True}
     values: dict[str, float | None] = {"matmul_tflops_bf16": peak / 1e12}
 
     def theirs(shape: Shape, steps: int, **fields: Any) -> Run | None:

@@ -17,7 +17,6 @@ Then PPO's updates by phase, sampling in the second way and in the last. Writes
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +28,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import write_json
+from common.config import run
 from common.decoding import sample_unended
 from common.errors import UserError
 from common.graph_decoding import GraphSampler
@@ -182,8 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)
