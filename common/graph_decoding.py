@@ -132,15 +132,20 @@ def record(model: Any, rows: int, slots: int) -> Recording:
         step=lambda: None,
     )
 
+    # Autocast keeps its copies of the weights until it ends; a recorded step would read them after
+    kind = device.type
+    casts = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+
     def step() -> None:
-        outputs = model(
-            input_ids=at.tokens,
-            attention_mask=at.mask,
-            position_ids=at.positions,
-            past_key_values=at.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with torch.autocast(kind, **casts, cache_enabled=False):
+            outputs = model(
+                input_ids=at.tokens,
+                attention_mask=at.mask,
+                position_ids=at.positions,
+                past_key_values=at.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         at.logits.copy_(outputs.logits[:, -1])
 
     at.step = step

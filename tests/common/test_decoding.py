@@ -141,3 +141,23 @@ def test_recorded_steps_are_as_transformers_has_them(
         with torch.no_grad():
             model.get_input_embeddings().weight[60:].mul_(1.05)
     assert len(sample.recordings) == 2
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_recorded_step_casts_the_weights_itself(tmp_path: Path) -> None:
+    """Under autocast as well a recording reads the weights as they are now.
+
+    Broken by recording with autocast's cache on: the step then reads copies that are freed.
+    """
+    model, sample = load("lesson", tmp_path).to("cuda"), GraphSampler()
+    ids, mask = (part.to("cuda") for part in prompts(24))
+    for _ in range(3):
+        new = []
+        for sampler in (sample, GraphSampler()):
+            with torch.autocast("cuda", torch.bfloat16):
+                new.append(generate(model, ids, mask, custom_generate=sampler))
+            torch.rand(1 << 26, device="cuda")  # into what is free
+        assert torch.equal(*new)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[60:].mul_(1.5)
