@@ -45,6 +45,7 @@ from common.gpt_base import (
     explicit_attention,
     joins_stream,
     loads_as,
+    residual_stream,
 )
 from common.gpt_config import build_config
 from common.lesson_gpt import LessonGPT, LessonGPTForSequenceClassification
@@ -240,7 +241,7 @@ class GPTModel(ModernBase):
             position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen  # (1, T)
         cos, sin = rotary_angles(position_ids, self.config.head_dim, self.rope_theta)
         rotary = cos.to(x.dtype), sin.to(x.dtype)
-        x = self.dropout(x)
+        x = residual_stream(self.dropout(x))
         for block in self.layers:
             x = block(x, rotary, mask, past_key_values=cache, position_ids=position_ids, **kwargs)
         return BaseModelOutputWithPast(

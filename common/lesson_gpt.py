@@ -35,6 +35,7 @@ from common.gpt_base import (
     explicit_attention,
     joins_stream,
     loads_as,
+    residual_stream,
 )
 
 
@@ -184,7 +185,7 @@ class LessonGPTModel(LessonBase):
         mask = build_mask(self.config, x, attention_mask, position_ids, cache)
         if position_ids is None:
             position_ids = self.positions(x, attention_mask, cache)
-        x = self.drop(x + self.wpe(position_ids))
+        x = residual_stream(self.drop(x + self.wpe(position_ids)))
         for block in self.h:
             x = block(x, mask, past_key_values=cache, position_ids=position_ids, **kwargs)
         return BaseModelOutputWithPast(

@@ -407,3 +407,17 @@ def test_dropout_is_of_embeddings_attention_and_both_branches() -> None:
         assert (added == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
         model.eval()(tokens(4, 16))
         assert not (seen["before"] == 0).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_residual_stream_is_narrow_under_autocast_on_a_gpu(shape: str) -> None:
+    """And float32 without. Broken by leaving the embeddings as they are."""
+    torch.manual_seed(0)
+    model: Any = build_gpt(build_config(shape, **SIZES)).to("cuda")
+    ids = torch.randint(3, VOCAB, (2, 8), device="cuda")
+    for autocast, kind in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            streams = model(ids, output_hidden_states=True).hidden_states
+        assert {stream.dtype for stream in streams[:-1]} == {kind}
