@@ -10,6 +10,8 @@ took. nanoGPT keeps the checkpoint of its least sampled loss, and that one is me
 """
 
 import datetime
+import json
+import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +24,10 @@ from common.errors import UserError
 from common.gpt import build_config, build_gpt
 from common.tasks import load_task
 from pretrain.bench import LARGE, RoundsConfig, compare, run_rounds
-from pretrain.bench_runs import Run, Shape, copy_nanogpt, run_nanogpt, run_ours
+from pretrain.bench_runs import EVAL_EVERY, Run, Shape, copy_nanogpt, run_nanogpt, run_ours
 from pretrain.speed import flops_per_token, matmul_peak
 
-GPT2 = Shape(layers=12, heads=12, hidden=768, block_size=1024, batch_size=32)
+GPT2 = Shape(layers=12, heads=12, hidden=768, block_size=1024, batch_size=96)
 GPT2_WINDOWS = 480  # a step
 GPT2_VOCAB = 50_304
 NANOGPT_MICRO_BATCH = 12  # its own choice for this shape
@@ -123,7 +125,8 @@ def one_round(
     if found:
         fraction = found.tokens_per_second * flops / peak
         values["nanogpt_bf16_peak_fraction_124m"] = fraction
-    ours = run_ours(folder / "shakespeare", common, THREADS, 50, base="large")
+    fields = common | {"eval_steps": EVAL_EVERY}
+    ours = run_ours(folder / "shakespeare", fields, THREADS, 50, base="large")
     values["val_loss_shakespeare"] = ours.val_loss
     found = theirs(
         SHAKESPEARE, SHAKESPEARE_STEPS, dropout=0.2, eval_iters=200, always_save_checkpoint=False
@@ -131,9 +134,18 @@ def one_round(
     values |= compare("shakespeare", ours, found)
     if found:
         values["nanogpt_val_loss_shakespeare"] = found.val_loss
-        ratio = ours.train_seconds / found.train_seconds
-        values["train_time_ratio_shakespeare"] = ratio
+        seconds = {"": ours.train_seconds}
+        seconds["_to_nanogpt_loss"] = seconds_to(folder / "shakespeare", found.val_loss)
+        for name, taken in seconds.items():
+            ratio = taken and taken / found.train_seconds
+            values[f"train_time_ratio{name}_shakespeare"] = ratio
     return values
+
+
+def seconds_to(run: Path, loss: float) -> float | None:
+    """Training time up to a run's first evaluation at `loss` or below; None if it has none."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return next((at["seconds"] for at in lines if at.get("val_loss", math.inf) <= loss), None)
 
 
 if __name__ == "__main__":

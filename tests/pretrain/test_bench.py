@@ -1,5 +1,6 @@
 """The bench's arithmetic on runs whose times are known, and a run of ours."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def test_every_figure_is_defined(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {name, plain} & defined, name
 
 
-def test_gpu_round_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_round_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Both take half a million tokens a step. Seen to fail with theirs over ours, and with the
     steps of one side split otherwise."""
     windows: dict[str, int] = {}
@@ -182,14 +183,20 @@ def test_gpu_round_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_gpu, "run_ours", ours)
     monkeypatch.setattr(bench_gpu, "run_nanogpt", theirs)
     monkeypatch.setattr(bench_gpu, "matmul_peak", lambda *_: 8e14)
+    lines: list[dict[str, float]] = [{"seconds": 3.0, "val_loss": 1.6}, {"seconds": 4.0}]
+    lines += [{"seconds": 5.0, "val_loss": 1.46}, {"seconds": 10.0, "val_loss": 1.45}]
+    (tmp_path / "shakespeare").mkdir()
+    text = "\n".join(map(json.dumps, lines))
+    (tmp_path / "shakespeare" / "metrics.jsonl").write_text(text)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = BenchGpuConfig()
     config.nanogpt = "a checkout"
-    values = bench_gpu.one_round(config, Path("out"), Path("blank"), flops=10**9, seed=4)
+    values = bench_gpu.one_round(config, tmp_path, Path("blank"), flops=10**9, seed=4)
     assert windows == {"ours": 480, "theirs": 480}
     assert values["tokens_per_second_ratio_124m"] == 1.5
     assert values["bf16_peak_fraction_124m"] == pytest.approx(0.75)
     assert values["nanogpt_bf16_peak_fraction_124m"] == pytest.approx(0.5)
     assert values["train_time_ratio_shakespeare"] == 0.25
+    assert values["train_time_ratio_to_nanogpt_loss_shakespeare"] == 0.125
     assert values["val_loss_shakespeare"] == 1.45
     assert values["nanogpt_val_loss_shakespeare"] == 1.47
