@@ -134,10 +134,10 @@ def record(model: Any, rows: int, slots: int) -> Recording:
 
     # Autocast keeps its copies of the weights until it ends; a recorded step would read them after
     kind = device.type
-    casts = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+    low, casts = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
 
     def step() -> None:
-        with torch.autocast(kind, **casts, cache_enabled=False):
+        with torch.autocast(kind, low, enabled=casts, cache_enabled=False):
             outputs = model(
                 input_ids=at.tokens,
                 attention_mask=at.mask,

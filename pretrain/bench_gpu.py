@@ -134,11 +134,11 @@ def one_round(
     values |= compare("shakespeare", ours, found)
     if found:
         values["nanogpt_val_loss_shakespeare"] = found.val_loss
-        seconds = {"": ours.train_seconds}
-        seconds["_to_nanogpt_loss"] = seconds_to(folder / "shakespeare", found.val_loss)
-        for name, taken in seconds.items():
-            ratio = taken and taken / found.train_seconds
-            values[f"train_time_ratio{name}_shakespeare"] = ratio
+        ratio = ours.train_seconds / found.train_seconds
+        values["train_time_ratio_shakespeare"] = ratio
+        taken = seconds_to(folder / "shakespeare", found.val_loss)
+        ratio_to_loss = taken and taken / found.train_seconds
+        values["train_time_ratio_to_nanogpt_loss_shakespeare"] = ratio_to_loss
     return values
 
 

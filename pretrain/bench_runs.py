@@ -102,7 +102,8 @@ def run_ours(
         (after["tokens"] - before["tokens"]) / (after["seconds"] - before["seconds"])
         for before, after in pairwise(lines)
     ]
-    return Run(
+    return tell(
+        output.name,
         train_seconds=lines[-1]["seconds"],
         train_tokens=lines[-1]["tokens"],
         tokens_per_second=statistics.median(rates),
@@ -131,13 +132,25 @@ def run_nanogpt(
     windows = shape.batch_size * values.get("gradient_accumulation_steps", 1)
     step_tokens = windows * shape.block_size
     blocks = [seconds[i : i + block] for i in range(block, len(seconds) - block + 1, block)]
-    return Run(
+    return tell(
+        "nanoGPT",
         train_seconds=statistics.fmean(seconds) * steps,
         train_tokens=steps * step_tokens,
         tokens_per_second=statistics.median(step_tokens / statistics.fmean(b) for b in blocks),
         val_loss=nanogpt_loss(copy) if steps % values["eval_interval"] == 0 else float("nan"),
         **used,
     )
+
+
+def tell(name: str, **values: Any) -> Run:
+    """A run's figures, printed as it ends: a round takes long, and may be cut off."""
+    run = Run(**values)
+    print(
+        f"{name}: {run.tokens_per_second:,.0f} tokens/s, {run.train_seconds:.1f} s of training "
+        f"({run.wall_seconds:.0f} s in all), loss {run.val_loss:.4f}",
+        flush=True,
+    )
+    return run
 
 
 def _run(command: list[str], folder: Path, log: Path, threads: int) -> dict[str, float]:

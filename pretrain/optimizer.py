@@ -60,7 +60,7 @@ class Muon(torch.optim.Muon):
         for param in params:
             if "momentum_buffer" not in self.state[param]:
                 self.state[param]["momentum_buffer"] = torch.zeros_like(param)
-        grads = [param.grad for param in params]
+        grads = [param.grad for param in params if param.grad is not None]  # all of them
         buffers = [self.state[param]["momentum_buffer"] for param in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         if not group["nesterov"]:

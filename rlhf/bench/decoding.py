@@ -171,14 +171,15 @@ def main() -> None:
     folder = args.output_dir / "decoding"
     folder.mkdir(parents=True, exist_ok=True)
     create(PROBLEM, folder)
-    figures = bench_ways(folder, args.rounds)
-    for way in ("leaving", "graph_bf16"):
-        figures |= bench_ppo(folder, way, args.rounds)
-    rounded = {name: float(f"{value:.4g}") for name, value in figures.items()}
-    about = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
-    write_json(args.output_dir / "decoding.json", about | rounded)
-    for name, value in rounded.items():
-        print(f"{name:<60} {value:g}")
+    written: dict[str, Any] = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
+    parts = [partial(bench_ways, folder, args.rounds)]
+    parts += [partial(bench_ppo, folder, way, args.rounds) for way in ("leaving", "graph_bf16")]
+    for part in parts:
+        figures = {name: float(f"{value:.4g}") for name, value in part().items()}
+        written |= figures
+        write_json(args.output_dir / "decoding.json", written)
+        for name, value in figures.items():
+            print(f"{name:<60} {value:g}", flush=True)
 
 
 if __name__ == "__main__":
