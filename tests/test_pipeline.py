@@ -240,9 +240,23 @@ def test_a_no_go_is_refused(folder: Path) -> None:
     assert "is a no-go: accuracy" in result.stderr and "--allow_no_go true" in result.stderr
 
 
-def test_judge_as_reward(folder: Path) -> None:
-    run_stage("rlhf", folder, name="rlhf_judge", reward="judge")
-    assert "gold_after" in summary(folder / "rlhf_judge")
+def test_functions_as_rewards(folder: Path, tmp_path: Path) -> None:
+    """The judge and one of a user's own: their sum keeps its scale and loses its mean.
+
+    Broken by a mean left at 0: the critic then starts below every score.
+    """
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "def length(completions, **_): return [len(c[0]['content']) / 99 for c in completions]"
+    )
+    command = stage_command("rlhf", folder, name="rlhf_judge", missing_eos_penalty=0)
+    command += ["--reward", "judge", f"{mine}:length"]
+    subprocess.run(command, check=True, env=ENVIRONMENT, timeout=600)
+    figures = summary(folder / "rlhf_judge")
+    assert "gold_after" in figures
+    first = json.loads((folder / "rlhf_judge" / "metrics.jsonl").open().readline())
+    assert figures["score_before"] > 0.1
+    assert first["score"] - first["reward"] == pytest.approx(figures["score_before"], abs=1e-4)
 
 
 @pytest.mark.parametrize(
