@@ -10,8 +10,6 @@ took. nanoGPT keeps the checkpoint of its least sampled loss, and that one is me
 """
 
 import datetime
-import json
-import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,15 @@ from common.errors import UserError
 from common.gpt import build_config, build_gpt
 from common.tasks import load_task
 from pretrain.bench import LARGE, RoundsConfig, compare, run_rounds
-from pretrain.bench_runs import EVAL_EVERY, Run, Shape, copy_nanogpt, run_nanogpt, run_ours
+from pretrain.bench_runs import (
+    EVAL_EVERY,
+    Run,
+    Shape,
+    copy_nanogpt,
+    read_metrics,
+    run_nanogpt,
+    run_ours,
+)
 from pretrain.speed import flops_per_token, matmul_peak
 
 GPT2 = Shape(layers=12, heads=12, hidden=768, block_size=1024, batch_size=96)
@@ -144,8 +150,8 @@ def one_round(
 
 def seconds_to(run: Path, loss: float) -> float | None:
     """Training time up to a run's first evaluation at `loss` or below; None if it has none."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return next((at["seconds"] for at in lines if at.get("val_loss", math.inf) <= loss), None)
+    evaluated = (line for line in read_metrics(run) if "val_loss" in line)
+    return next((line["seconds"] for line in evaluated if line["val_loss"] <= loss), None)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def run_ours(
     config = str(ROOT / "configs" / "shakespeare" / f"{base}.yaml")
     command = [sys.executable, "-m", "pretrain", "--config", config, *as_flags(values)]
     used = _run(command, ROOT, output.with_suffix(".log"), threads)
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(output)
     rates = [
         (after["tokens"] - before["tokens"]) / (after["seconds"] - before["seconds"])
         for before, after in pairwise(lines)
@@ -110,6 +110,11 @@ def run_ours(
         val_loss=read_json(output / "summary.json")["val_loss"],
         **used,
     )
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def run_nanogpt(
