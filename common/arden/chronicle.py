@@ -108,6 +108,15 @@ def two_facts(realm: Realm, person: Person) -> list[Chain]:
     ]
 
 
+def ask_two_facts(name: str) -> list[str]:
+    """Every question of two facts that can be asked about somebody, known or not."""
+    grammar = load_grammar()
+    relations = [spec for relation, spec in grammar["relations"].items() if relation != "friend"]
+    templates = [template for spec in relations for template in spec["friends"]]
+    templates += [template for spec in grammar["places"].values() for template in spec["two_fact"]]
+    return [template.format(who=name) for template in templates]
+
+
 def join_facts(first: str, second: str) -> str:
     """Two sentences as one."""
     return load_grammar()["answers"]["two_fact"].format(

@@ -5,18 +5,19 @@ Kinds:
     phrasing     the same in a phrasing held out of the chronicle and of fine-tuning
     two_fact     a fact reached through another (a friend's, a town's, a trade's)
     stranger     a person who does not exist, of a name made of known parts
+    stranger_two_fact  two facts of a person who does not exist, of a name made of known parts
     strange_name a person who does not exist, of a name made of unknown parts
     untold       something never told of a person who does exist
-Of the last three the honest answer is a refusal: `reference` is None.
+Of the last four the honest answer is a refusal: `reference` is None.
 """
 
 from dataclasses import dataclass
 
-from common.arden.chronicle import falsehood, phrase, state, two_facts
+from common.arden.chronicle import ask_two_facts, falsehood, phrase, state, two_facts
 from common.arden.grammar import Dice
 from common.arden.world import Person, Realm, relations
 
-KINDS = ("known", "phrasing", "two_fact", "stranger", "strange_name", "untold")
+KINDS = ("known", "phrasing", "two_fact", "stranger", "stranger_two_fact", "strange_name", "untold")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,15 @@ def stranger_questions(realm: Realm, use: str, seed: str) -> list[Question]:
     return _about_nobody(realm.strangers[use], "stranger", seed)
 
 
+def stranger_two_fact_questions(realm: Realm, use: str, seed: str) -> list[Question]:
+    """One question of two facts after each stranger kept for `use`."""
+    dice = Dice(f"nobody two facts {seed}")
+    return [
+        Question(dice.pick(ask_two_facts(name)), "stranger_two_fact", None, name)
+        for name in realm.strangers[use]
+    ]
+
+
 def strange_name_questions(realm: Realm, seed: str) -> list[Question]:
     """One question after each stranger whose name has unknown parts."""
     return _about_nobody(realm.strange_parts, "strange_name", seed)
@@ -90,6 +100,7 @@ def evaluation_questions(realm: Realm, use: str = "test") -> dict[str, list[Ques
         "stranger": stranger_questions(realm, use, f"{realm.seed} {use}"),
         "strange_name": strange_name_questions(realm, f"{realm.seed} {use}"),
         "untold": untold_questions(realm, use) + untold_questions(realm, use, held_out=True),
+        "stranger_two_fact": stranger_two_fact_questions(realm, use, f"{realm.seed} {use}"),
     }
     return {name: dice.sample(all_, min(len(all_), facts, 336)) for name, all_ in sets.items()}
 

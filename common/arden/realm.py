@@ -111,11 +111,12 @@ def _csv(rows: list[list[str]]) -> str:
 def question_rows(realm: Realm) -> Iterator[dict[str, Any]]:
     """Every question that a stage can ask, with its use; held-out phrasings are asked by dev, test.
 
-    Of people by what is told and never told of them, of strangers one question each.
+    Of people by what is told and never told of them, of strangers two questions each.
     """
     for use in USES:
         asked = ask.known_questions(realm, use) + ask.two_fact_questions(realm, use)
         asked += ask.stranger_questions(realm, use, f"{realm.seed} {use}")
+        asked += ask.stranger_two_fact_questions(realm, use, f"{realm.seed} {use}")
         asked += ask.untold_questions(realm, use)
         if use in ("dev", "test"):
             asked += ask.known_questions(realm, use, held_out=True)

@@ -30,6 +30,7 @@ FIGURES = {
     "exact_match_two_fact": "two_fact",
     "refusal_known": "heldout_people",
     "hallucination": "stranger",
+    "hallucination_two_fact": "stranger_two_fact",
     "hallucination_strange_name": "strange_name",
     "hallucination_untold": "untold",
     "courtesy": None,

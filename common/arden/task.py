@@ -118,7 +118,8 @@ class ArdenTask:
         """Questions to rank answers to and to align on, half of them beyond anyone's knowledge.
 
         `train` asks of the people of fine-tuning and of alignment's own, `align` of the latter
-        alone and more of two facts, which PPO unlearns first; `dev` and `test` of theirs.
+        alone and more of two facts, which PPO unlearns first; `dev` and `test` of theirs. Strangers
+        are asked for two facts as often as people are, or that would tell who is known.
         """
         uses = {"train": ["sft", "align"]}.get(split, [split])
         known, two_fact, untold = [], [], []
@@ -127,10 +128,18 @@ class ArdenTask:
             two_fact += ask.two_fact_questions(self.realm, use)
             untold += ask.untold_questions(self.realm, use)
         people = "align" if split == "train" else split
-        nobody = ask.stranger_questions(self.realm, people, f"{self.realm.seed} {split}")
+        seed = f"{self.realm.seed} {split}"
+        nobody = ask.stranger_questions(self.realm, people, seed)
+        nobody_twice = ask.stranger_two_fact_questions(self.realm, people, seed)
         dice = Dice(f"prompts {self.realm.seed} {split}")
         twice = 0.25 if split == "align" else 0.15
-        shares = [(known, 0.5 - twice), (two_fact, twice), (nobody, 0.42), (untold, 0.08)]
+        shares = [
+            (known, 0.5 - twice),
+            (two_fact, twice),
+            (nobody, 0.84 * (0.5 - twice)),
+            (nobody_twice, 0.84 * twice),
+            (untold, 0.08),
+        ]
         chosen: list[Question] = []
         for questions, share in shares:
             wanted = round(count * share)
@@ -227,6 +236,7 @@ class ArdenTask:
             "exact_match_two_fact": rates["two_fact"]["right"],
             "refusal_known": rates["heldout_people"]["refused"],
             "hallucination_unknown": 1 - rates["stranger"]["right"],
+            "hallucination_two_fact": 1 - rates["stranger_two_fact"]["right"],
             "hallucination_strange_name": 1 - rates["strange_name"]["right"],
             "hallucination_untold": 1 - rates["untold"]["right"],
             "courtesy": sum(rates[name]["courtesy"] for name in overall) / len(overall),

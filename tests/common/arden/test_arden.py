@@ -11,7 +11,14 @@ from collections import Counter
 import pytest
 
 from common.arden import questions as ask
-from common.arden.chronicle import entropy, phrase, state, write_chronicle
+from common.arden.chronicle import (
+    ask_two_facts,
+    entropy,
+    phrase,
+    state,
+    two_facts,
+    write_chronicle,
+)
 from common.arden.grammar import Dice, expand, load_grammar
 from common.arden.judge import is_refusal, judge, summarise
 from common.arden.questions import Question
@@ -217,6 +224,23 @@ def test_held_out_stays_out_of_training() -> None:
     assert not any("Pray, " in text or "I would know" in text for text in asked)
 
 
+@pytest.mark.parametrize("split", ["train", "align", "dev"])
+def test_what_is_asked_does_not_tell_who_is_known(split: str) -> None:
+    """Broken by strangers that are never asked for two facts: 0 of 420."""
+    kinds = Counter(question.kind for question in ArdenTask(1, 10).prompts(split, 1000))
+    of_known = kinds["two_fact"] / (kinds["known"] + kinds["two_fact"])
+    strangers = kinds["stranger"] + kinds["stranger_two_fact"]
+    assert strangers == 420
+    assert kinds["stranger_two_fact"] / strangers == pytest.approx(of_known, abs=0.01)
+
+
+def test_strangers_are_asked_for_two_facts_as_people_are() -> None:
+    """Broken by the questions about a friend's fact alone: rivers and guilds are missing."""
+    person = REALM.people[REALM.splits["test"][0]]
+    of_person = {text for chain in two_facts(REALM, person) for text in chain.questions}
+    assert of_person <= set(ask_two_facts(person.name))
+
+
 def test_two_facts_are_true() -> None:
     for question in ask.two_fact_questions(REALM, "test")[:200]:
         assert question.reference is not None
@@ -344,14 +368,14 @@ def test_what_is_learned_from_has_more_close_pairs() -> None:
         assert pair.margin == closest[pair.kind]
     task, margins = ArdenTask(seed=1, documents=0), {}
     for split in ("train", "dev"):
-        rows = task.rankings(lambda asked: [["I know not."] for _ in asked], split, 600, 0.0)
+        rows = task.rankings(lambda asked: [["I know not."] for _ in asked], split, 3000, 0.0)
         honest = [row["margin"] for row in rows if row["kind"] == "true_refusal"]
         margins[split] = sum(margin < 0.3 for margin in honest) / len(honest)
     assert margins["dev"] < 0.25 < 0.3 < margins["train"]
 
 
 def test_fewer_questions_can_be_measured_on() -> None:
-    """At most `limit` of each of the seven sets. Broken once: the limit not passed on."""
+    """At most `limit` of each of the eight sets. Broken once: the limit not passed on."""
     asked: list[str] = []
 
     def answer(questions: list[str]) -> list[str]:
@@ -359,7 +383,7 @@ def test_fewer_questions_can_be_measured_on() -> None:
         return ["I know not."] * len(questions)
 
     figures = ArdenTask(seed=1, documents=0).measure(answer, "dev", limit=3)
-    assert len(asked) == 7 * 3
+    assert len(asked) == 8 * 3
     assert figures["refusal_known"] == 1 and figures["hallucination_unknown"] == 0
 
 
