@@ -76,9 +76,7 @@ def main() -> None:
 
     before = measure(policy, policy, score, tokenizer, stage, config)
     mean, std = before.pop("score_mean"), before.pop("score_std")
-    args.score_mean = mean  # so that a critic from zero is right at first, on average
-    if folders and std > 0:  # a function's scale is its author's
-        args.score_std = std
+    args.scale_scores(mean, std if folders else None)  # a function's scale is its author's
     evaluates = args.eval_strategy != "no"
     prompts = align_prompts(stage.task, stage.parent, tokenizer, config, "align", config.prompts)
     if args.process_index == 0:

@@ -47,10 +47,11 @@ class PPOConfig(RLOOConfig):
         metadata={"help": "Value head at the start: the reward model's ('copy') or zeros."},
     )
     score_mean: float = field(
-        default=0.0, metadata={"help": "Mean score of the starting policy, subtracted."}
+        default=0.0, metadata={"help": "Subtracted from scores; 0: the stage takes their mean."}
     )
     score_std: float = field(
-        default=1.0, metadata={"help": "Standard deviation of those scores, divided by."}
+        default=1.0,
+        metadata={"help": "Scores are divided by it; 1: the stage takes a model's deviation."},
     )
     missing_eos_penalty: float = field(
         default=1.0,
@@ -144,6 +145,16 @@ class PPOConfig(RLOOConfig):
     def micro_steps_per_update(self) -> int:
         """Forward and backward passes taken on one rollout, by each process."""
         return self.steps_per_update * self.gradient_accumulation_steps
+
+    def scale_scores(self, mean: float, std: float | None) -> None:
+        """Take the starting policy's mean score and deviation (or none); what was given stays.
+
+        Less their mean, so that a critic from zero is right at first, on average.
+        """
+        if self.score_mean == 0.0:
+            self.score_mean = mean
+        if std and self.score_std == 1.0:
+            self.score_std = std
 
     def _check(self) -> None:
         """Refuse what PPO cannot honour."""

@@ -149,3 +149,21 @@ def test_the_checkpoint_kept_is_the_best_by_a_held_out_measure(
     kept = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     for name, p in trainer.policy_model().state_dict().items():
         assert torch.equal(p, kept[name]), name
+
+
+@pytest.mark.parametrize(
+    ("given", "std", "mean_and_std"),
+    [
+        ({}, 2.0, (0.7, 2.0)),
+        ({}, None, (0.7, 1.0)),  # functions alone
+        ({}, 0.0, (0.7, 1.0)),  # all scores alike
+        ({"score_mean": -3.0, "score_std": 5.0}, 2.0, (-3.0, 5.0)),
+    ],
+)
+def test_a_scale_that_was_given_stays(
+    tmp_path: Path, given: dict[str, float], std: float | None, mean_and_std: tuple[float, float]
+) -> None:
+    """Broken once: the measured mean whatever was given."""
+    args = PPOConfig(str(tmp_path), use_cpu=True, **given)
+    args.scale_scores(0.7, std)
+    assert (args.score_mean, args.score_std) == mean_and_std
