@@ -1,6 +1,6 @@
 """What a pretraining run would take, before it is begun.
 
-python -m pretrain.plan --config configs/web/gpt2_124m.yaml --devices 8 --tflops 400
+python -m pretrain.plan --config configs/web/pretrain.yaml --devices 8 --tflops 400
 python -m pretrain.plan --config configs/web/gpt3_175b.yaml --devices 1024 --shard true
 
 The model is built and run forward as stage 1 does, on tensors that have sizes and no content

@@ -138,12 +138,11 @@ def test_ultrafeedback(tmp_path: Path, name: str) -> None:
     assert {row["prompt"][0]["role"] for row in task.prompt_rows("align", 9)} == {"user"}
 
 
-def test_the_profile_trains_the_smallest_gpt2() -> None:
+def test_the_family_reads_one_text() -> None:
     """All sizes of the family read the same text by the same tokenizer."""
     configs = Path(__file__).parents[1] / "configs" / "web"
-    names = ("pretrain", "gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1558m")
+    names = ("pretrain", "gpt2_350m", "gpt2_774m", "gpt2_1558m")
     ours, *family = (yaml.safe_load((configs / f"{name}.yaml").read_text()) for name in names)
-    assert family[0] | {"output_dir": ours["output_dir"]} == ours
     for field in ("data", "shards_dir", "validation_fraction", "tokenizer", "vocab_size"):
         assert {size[field] for size in family} == {ours[field]}
 
