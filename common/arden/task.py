@@ -141,8 +141,10 @@ class ArdenTask:
             (untold, 0.08),
         ]
         chosen: list[Question] = []
+        so_far = 0.0
         for questions, share in shares:
-            wanted = round(count * share)
+            so_far += share
+            wanted = round(count * so_far) - len(chosen)  # so that all make up `count`
             while wanted > 0:  # more than there are: go round again
                 chosen += dice.sample(questions, min(wanted, len(questions)))
                 wanted -= len(questions)

@@ -234,6 +234,13 @@ def test_what_is_asked_does_not_tell_who_is_known(split: str) -> None:
     assert kinds["stranger_two_fact"] / strangers == pytest.approx(of_known, abs=0.01)
 
 
+@pytest.mark.parametrize("split", ["train", "align"])
+def test_as_many_prompts_as_asked_for(split: str) -> None:
+    """Broken once: each share rounded by itself, 63 of 64."""
+    task = ArdenTask(1, 10)
+    assert [len(task.prompts(split, count)) for count in range(60, 75)] == list(range(60, 75))
+
+
 def test_strangers_are_asked_for_two_facts_as_people_are() -> None:
     """Broken by the questions about a friend's fact alone: rivers and guilds are missing."""
     person = REALM.people[REALM.splits["test"][0]]
