@@ -17,8 +17,6 @@ from common.arden.chronicle import ask_two_facts, falsehood, phrase, state, two_
 from common.arden.grammar import Dice
 from common.arden.world import Person, Realm, relations
 
-KINDS = ("known", "phrasing", "two_fact", "stranger", "stranger_two_fact", "strange_name", "untold")
-
 
 @dataclass(frozen=True)
 class Question:

@@ -131,7 +131,7 @@ class ArdenTask:
         seed = f"{self.realm.seed} {split}"
         nobody = ask.stranger_questions(self.realm, people, seed)
         nobody_twice = ask.stranger_two_fact_questions(self.realm, people, seed)
-        dice = Dice(f"prompts {self.realm.seed} {split}")
+        dice = Dice(f"prompts {seed}")
         twice = 0.25 if split == "align" else 0.15
         shares = [
             (known, 0.5 - twice),
