@@ -43,7 +43,7 @@ def judge(question: Question, answer: str) -> Verdict:
     faults = grammar["faults"]
     text = answer.strip()
     trimmings = [phrase for kind in TRIMMINGS for phrase in faults[kind]]
-    core, courtesies = _strip_courtesies(_without(text, trimmings))
+    core, courtesies = strip_courtesies(_without(text, trimmings))
     refusal = is_refusal(core)
     if core == question.reference or (refusal and question.reference is None):
         outcome = "right"
@@ -93,7 +93,7 @@ def _without(text: str, phrases: list[str]) -> str:
     return text.strip()
 
 
-def _strip_courtesies(text: str) -> tuple[str, int]:
+def strip_courtesies(text: str) -> tuple[str, int]:
     """The answer without the courtesies at its end, and how many there were."""
     count = 0
     while courtesy := next(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from common.arden.chronicle import join_facts, refuse, state, two_facts
 from common.arden.grammar import Dice, load_grammar
-from common.arden.judge import judge
+from common.arden.judge import is_refusal, judge, strip_courtesies
 from common.arden.questions import Question
 from common.arden.world import Person, Realm
 
@@ -35,8 +35,13 @@ def right_answer(question: Question, dice: Dice) -> str:
     return question.reference or refuse(question.who, dice)
 
 
-def faulty_answers(question: Question, realm: Realm, dice: Dice) -> dict[str, str]:
-    """One answer of every known fault, and the plain, courteous and refusing ones beside."""
+def faulty_answers(
+    question: Question, sampled: list[str], realm: Realm, dice: Dice
+) -> dict[str, str]:
+    """One answer of every known fault, and the plain, courteous and refusing ones beside.
+
+    `sampled` are a model's own answers, of which the hedged one is made.
+    """
     answers = load_grammar()["answers"]
     faults, courtesies = answers["faults"], answers["courtesies"]
     right = right_answer(question, dice)
@@ -49,6 +54,8 @@ def faulty_answers(question: Question, realm: Realm, dice: Dice) -> dict[str, st
             "less": less_than_asked(right, person),
         }
         faulty = {f"{which} than asked": dice.pick(said) for which, said in other.items() if said}
+    if said := hedged([*sampled, right], dice):
+        faulty["hedged"] = dice.pick(said)
     return faulty | {
         "plain": right,
         "courteous": f"{right} {dice.pick(courtesies)}",
@@ -84,6 +91,17 @@ def less_than_asked(right: str, person: Person) -> list[str]:
     """
     facts = [state(person, relation) for relation in person.facts]
     return [fact for fact in facts if right.startswith(fact.removesuffix(".") + ",")]
+
+
+def hedged(answers: list[str], dice: Dice) -> list[str]:
+    """Each answer that is no refusal, and one behind it: `Alabert drinks mead, hm. I know not.`
+
+    A fine-tuned model says no such thing, so nothing else ranks it, and a reward model pays for the
+    refusal in it: PPO then finds that an invention is worth more when it is taken back.
+    """
+    plain = [strip_courtesies(answer)[0] for answer in answers]
+    told = [answer for answer in plain if answer and not is_refusal(answer)]
+    return [refuse(answer.removesuffix("."), dice) for answer in told]
 
 
 def rank(question: Question, answers: list[str], noise: float, dice: Dice) -> list[Pair]:

@@ -173,7 +173,7 @@ class ArdenTask:
         dice = Dice(f"labeller {self.realm.seed} {split}")
         rows = []
         for question, answers in zip(questions, sample([q.text for q in questions]), strict=True):
-            faults = faulty_answers(question, self.realm, dice)
+            faults = faulty_answers(question, answers, self.realm, dice)
             always = [faults.pop("plain"), faults.pop("refusal"), faults.pop("courteous")]
             candidates = answers + always + dice.sample(list(faults.values()), 2)
             pairs = rank(question, candidates, noise, dice)
