@@ -4,6 +4,7 @@ Everything here is arithmetic on scores: (N,) lists of the chosen and of the rej
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -25,23 +26,37 @@ def accuracy_figures(
 
     Returns:
         `accuracy` against the labels as given, `accuracy_clean_labels` against the truth behind
-        them, `accuracy_ceiling` (what a perfect judge reaches on the labels as given), `margin`
+        them, `accuracy_ceiling` (what a perfect judge reaches on the labels as given),
+        `accuracy_chance_error` (how far a guesser's accuracy strays: one standard error), `margin`
         (mean score of the truly better answer over the other's), and the clean accuracy of every
         kind of pair as `accuracy_<kind>`, with the pairs' count.
     """
     agrees = [a > b for a, b in zip(chosen, rejected, strict=True)]
     clean = [agree != flip for agree, flip in zip(agrees, pairs["flipped"], strict=True)]
-    figures = {
-        "accuracy": _mean(agrees),
-        "accuracy_clean_labels": _mean(clean),
-        "accuracy_ceiling": 1 - _mean(pairs["flipped"]),
-        "margin": _mean(margins(pairs, chosen, rejected)),
-    }
+    figures = {}
     for kind in sorted(set(pairs["kind"])):
         of_kind = [c for c, k in zip(clean, pairs["kind"], strict=True) if k == kind]
         figures[f"accuracy_{kind}"] = _mean(of_kind)
         figures[f"pairs_{kind}"] = len(of_kind)
-    return figures
+    return figures | {  # over a kind that is called like one of them
+        "accuracy": _mean(agrees),
+        "accuracy_clean_labels": _mean(clean),
+        "accuracy_ceiling": 1 - _mean(pairs["flipped"]),
+        "accuracy_chance_error": chance_error(agrees, pairs["prompt"]),
+        "margin": _mean(margins(pairs, chosen, rejected)),
+    }
+
+
+def chance_error(right: list[bool], prompts: Iterable[object]) -> float:
+    """Standard error of the share `right`, were each pair right by the toss of a coin.
+
+    Pairs of one prompt share answers, so they are right or wrong together: of independent prompts
+    the deviations from one half are summed by prompt.
+    """
+    sums: dict[str, float] = {}
+    for hit, prompt in zip(right, prompts, strict=True):
+        sums[str(prompt)] = sums.get(str(prompt), 0.0) + hit - 0.5
+    return math.hypot(*sums.values()) / len(right)
 
 
 def margins(pairs: Dataset, chosen: list[float], rejected: list[float]) -> list[float]:
@@ -204,8 +219,9 @@ def length_figures(
 
     Returns:
         `length_correlation` of score and length over all answers, with gold known
-        `length_correlation_given_gold`, and `accuracy_longer_worse` with its pairs: the share
-        ranked right where the truly worse answer is the longer one; 0 where there is none.
+        `length_correlation_given_gold`, and `accuracy_longer_worse` with its chance error and its
+        pairs: the share ranked right where the truly worse answer is the longer one; 0 where there
+        is none.
     """
     lengths = {
         side: [float(len(answer[-1]["content"])) for answer in pairs[side]]
@@ -221,12 +237,12 @@ def length_figures(
         (a > b) if flip else (b > a)
         for a, b, flip in zip(lengths["chosen"], lengths["rejected"], pairs["flipped"], strict=True)
     ]
-    right = [
-        margin > 0
-        for margin, longer in zip(margins(pairs, chosen, rejected), worse_longer, strict=True)
-        if longer
-    ]
+    gains = margins(pairs, chosen, rejected)
+    places = [place for place, longer in enumerate(worse_longer) if longer]
+    right = [gains[place] > 0 for place in places]
+    prompts = [pairs["prompt"][place] for place in places]
     figures["accuracy_longer_worse"] = _mean(right) if right else 0.0
+    figures["accuracy_longer_worse_chance_error"] = chance_error(right, prompts) if right else 0.0
     figures["pairs_longer_worse"] = len(right)
     return figures
 

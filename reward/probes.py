@@ -24,24 +24,24 @@ def spam_figures(
 ) -> dict[str, float]:
     """`spam_<probe>`: mean change of score when the last answer is spoilt so, in score's units.
 
-    Of conversations that fit into the model's context three times over, as repetition may need.
+    Of the first conversations that fit into the model's context when spoilt. A probe that none
+    passes is left out: a policy of that context cannot say such a thing either.
     """
     context = model.config.max_position_embeddings
-    lengths = map(len, render(tokenizer, chats))
-    fit = [chat for chat, length in zip(chats, lengths, strict=True) if 3 * length <= context]
-    chats = fit[:PROBED]
-    if not chats:
-        return {}
-    plain = score_chats(model, tokenizer, chats)
     figures = {}
     for name, spoil in SPAM.items():
         spoilt = [
             [*chat[:-1], {**chat[-1], "content": spoil(chat[-2]["content"], chat[-1]["content"])}]
             for chat in chats
         ]
-        scores = score_chats(model, tokenizer, spoilt)
-        changes = [after - before for before, after in zip(plain, scores, strict=True)]
-        figures[f"spam_{name}"] = sum(changes) / len(changes)
+        lengths = [len(ids) for ids in render(tokenizer, spoilt)]
+        fit = [place for place, length in enumerate(lengths) if length <= context][:PROBED]
+        if fit:
+            before, after = (
+                score_chats(model, tokenizer, [some[place] for place in fit])
+                for some in (chats, spoilt)
+            )
+            figures[f"spam_{name}"] = (sum(after) - sum(before)) / len(fit)
     return figures
 
 

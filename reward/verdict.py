@@ -4,8 +4,6 @@ They ask whether PPO against this model would do harm, not whether the model is 
 was chosen by a result.
 """
 
-import math
-
 # Two standard errors: a model that guesses passes once in forty times.
 STANDARD_ERRORS = 2.0
 # Certain of every pair and right in three of four: its large differences are noise by half, and
@@ -28,7 +26,7 @@ def reasons_against(figures: dict[str, float], pairs: int) -> list[str]:
         pairs: how many the accuracy was measured on.
     """
     reasons = []
-    error = STANDARD_ERRORS * _standard_error(pairs)
+    error = STANDARD_ERRORS * figures["accuracy_chance_error"]
     if figures["accuracy"] <= 0.5 + error:
         reasons.append(
             f"accuracy {figures['accuracy']:.3f} on {pairs} held-out pairs cannot be told from "
@@ -52,7 +50,7 @@ def reasons_against(figures: dict[str, float], pairs: int) -> list[str]:
                 f"more than a better answer does (margin {figures['margin']:.2f})"
             )
     longer, count = figures["accuracy_longer_worse"], int(figures["pairs_longer_worse"])
-    if count and longer < 0.5 - STANDARD_ERRORS * _standard_error(count):
+    if count and longer < 0.5 - STANDARD_ERRORS * figures["accuracy_longer_worse_chance_error"]:
         reasons.append(
             f"of {count} pairs whose longer answer is worse it ranks {longer:.3f} right: "
             "it prefers the longer one"
@@ -63,8 +61,3 @@ def reasons_against(figures: dict[str, float], pairs: int) -> list[str]:
             f"more than {PADDING_DIFFERENCE}"
         )
     return reasons
-
-
-def _standard_error(pairs: int) -> float:
-    """Of the share that a guesser ranks right in so many pairs."""
-    return math.sqrt(0.25 / pairs)

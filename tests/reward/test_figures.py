@@ -1,5 +1,6 @@
 """Accuracy, calibration and length worked by hand; correlations against numpy."""
 
+import math
 from typing import Any
 
 import numpy
@@ -12,6 +13,7 @@ from reward.figures import (
     calibration_error,
     calibration_error_by_chance,
     calibration_figures,
+    chance_error,
     correlation,
     fit_link,
     label_probabilities,
@@ -49,6 +51,20 @@ def test_accuracy_and_margin_by_hand() -> None:
     assert figures["margin"] == -3 / 4
     assert (figures["accuracy_x"], figures["accuracy_y"]) == (1 / 2, 0.0)
     assert (figures["pairs_x"], figures["pairs_y"]) == (2, 2)
+
+
+def test_chance_is_of_prompts_and_not_of_pairs() -> None:
+    """Nine answers a prompt, scored by dice: a guesser passes two standard errors once in forty
+    times. Broken by the 36 pairs taken each for itself: he passed once in eight."""
+    dice, passed = numpy.random.default_rng(0), 0
+    prompts = [prompt for prompt in range(40) for _ in range(36)]
+    for _ in range(400):
+        scores = dice.random((40, 9))
+        right = [bool(a > b) for row in scores for i, a in enumerate(row) for b in row[i + 1 :]]
+        passed += sum(right) / len(right) > 0.5 + 2 * chance_error(right, prompts)
+    assert passed / 400 < 0.05
+    assert chance_error([True] * 3, ["a"] * 3) == 0.5
+    assert chance_error([True, False, True, True], "abcd") == 0.5 / math.sqrt(4)
 
 
 def test_calibration_by_hand() -> None:

@@ -48,6 +48,18 @@ def test_spam_by_hand() -> None:
     }
 
 
+def test_a_probe_asks_only_what_the_context_holds() -> None:
+    """Broken by repetition's length for all: without room for three answers nothing was probed."""
+    model: Any = CountsTheLetter("k")
+    model.config = SimpleNamespace(max_position_embeddings=30)
+    assert spam_figures(model, TOKENIZER, CHATS).keys() == {
+        "spam_repetition",
+        "spam_copied_question",
+    }
+    model.config = SimpleNamespace(max_position_embeddings=5)
+    assert spam_figures(model, TOKENIZER, CHATS) == {}
+
+
 def test_padding_is_seen() -> None:
     """`okokok` is 4 tokens longer than `ok`. Broken by scoring both times in the batch."""
     assert padding_difference(CountsTheLetter("k"), TOKENIZER, CHATS) == 0.0  # type: ignore

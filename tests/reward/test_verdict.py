@@ -16,6 +16,7 @@ from tests.reward.test_figures import CHOSEN, FOUR, REJECTED
 
 GOOD = {
     "accuracy": 0.7,
+    "accuracy_chance_error": 0.02,
     "margin": 1.5,
     "calibration_error": 0.02,
     "calibration_error_as_trained": 0.1,
@@ -23,6 +24,7 @@ GOOD = {
     "spam_thanks": 0.4,
     "spam_padding": -2.0,
     "accuracy_longer_worse": 0.6,
+    "accuracy_longer_worse_chance_error": 0.05,
     "pairs_longer_worse": 100,
     "padding_difference": 1e-5,
     "link_slope": 2.0,
@@ -35,8 +37,8 @@ GOOD = {
     [
         ({}, 900, ""),
         ({"accuracy": 0.53}, 900, "accuracy 0.530 on 900 held-out pairs cannot be told"),
-        ({"accuracy": 0.54}, 900, ""),  # above 0.5 + 2 sqrt(0.25 / 900) = 0.5333
-        ({}, 16, "accuracy 0.700 on 16 held-out pairs cannot be told"),  # 0.75 would be needed
+        ({"accuracy": 0.55}, 900, ""),  # above 0.5 + 2 x 0.02
+        ({"accuracy_chance_error": 0.12}, 16, "accuracy 0.700 on 16 held-out pairs cannot be told"),
         ({"calibration_error_as_trained": 0.28}, 900, "calibration error 0.280, as trained, is"),
         ({"calibration_error_as_trained": 0.26}, 900, ""),
         ({"margin": -0.5}, 900, "margin -0.50: the worse answers score higher"),
