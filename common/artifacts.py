@@ -63,6 +63,7 @@ class StageOutput:
         overwrite: let `start` delete what another configuration left there.
 
     Nothing is touched before `start`, which one process calls: several may look at the same time.
+    `finished`: the run is there. `replaces`: what is there is another one, which `start` deletes.
 
     A run that stopped before its first checkpoint, say at a row that cannot be read, is in nobody's
     way: the next one replaces it.
@@ -85,7 +86,7 @@ class StageOutput:
                 f"{self.path} holds a run with {changed}: "
                 "give another --output_dir, or --overwrite true to replace it"
             )
-        self._replaces = bool(changed)
+        self.replaces = bool(changed)
         known = old is not None and not changed
         self.finished = known and (self.path / "summary.json").exists()
 
@@ -116,9 +117,9 @@ class StageOutput:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         hold(self.path)
-        if self._replaces:
+        if self.replaces:
             self._clear()
-            self._replaces = False
+            self.replaces = False
         write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
         code = {"commit": _git_commit(), "packages": _package_versions()}
         write_json(self.path / "manifest.json", self.manifest | code)

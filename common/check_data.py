@@ -14,32 +14,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from common.artifacts import require_parent
 from common.config import parse_config, run
+from common.data import opening
 from common.errors import UserError
 from common.lengths import LengthReport, measure_lengths
 from common.rows import Messages
-from common.stage import LabelledDataConfig, open_task
+from common.stage import open_task
 from common.tasks import Task
 from common.tokenizer import count_unknown, load_tokenizer
+from reward.collect import label, open_rankings
+from reward.config import RankingConfig
 
 STAGES = ("sft", "reward")
 
 
 @dataclass
-class CheckConfig(LabelledDataConfig):
+class CheckConfig(RankingConfig):
     """The fields of a stage's file that decide what it trains on; its others are passed over."""
 
     output_dir: str = field(default="", metadata={"help": "the stage's; holds its rankings"})
-    rankings: str = field(default="", metadata={"help": "where they lie, if elsewhere"})
     stage: str = field(default="", metadata={"help": "sft or reward; default: the file's name"})
     max_length: int | None = field(default=1024, metadata={"help": "longest sequence, tokens"})
-    prompts: int = field(default=1500, metadata={"help": "questions to rank answers to"})
-    eval_prompts: int = field(default=300, metadata={"help": "questions never trained on"})
-    noise: float = field(default=0.1, metadata={"help": "the labeller's rate of error"})
 
 
 def main() -> None:
@@ -51,17 +51,18 @@ def main() -> None:
     tokenizer = load_tokenizer(require_parent(config.model_name_or_path, config.parent_command))
     task = open_task(config)
     train, held_out = (_rows(task, stage, config, part) for part in ("train", "evaluation"))
-    report = measure_lengths(train, tokenizer, config.max_length)
+    parts = {"training": train, "evaluation": held_out}
+    reports = {
+        name: measure_lengths(part, tokenizer, config.max_length) for name, part in parts.items()
+    }
     print(f"{stage}: {config.data}, as the tokenizer of {config.model_name_or_path} reads it\n")
-    for name, part, lengths in (
-        ("training", train, report),
-        ("evaluation", held_out, measure_lengths(held_out, tokenizer, config.max_length)),
-    ):
-        print(f"{name}\n{describe_lengths(part, lengths, tokenizer, stage)}\n")
+    for name, part in parts.items():
+        print(f"{name}\n{describe_lengths(part, reports[name], tokenizer, stage)}\n")
     print(f"repeated\n{describe_repeats(train, held_out)}\n")
     print(f"one row, as the model reads it\n{show_row(train[0], tokenizer, config.max_length)}\n")
-    report.require_kept(config.max_lost_share)
-    report.require_context(config.model_name_or_path)
+    for report in reports.values():
+        report.require_kept(config.max_lost_share)
+        report.require_context(config.model_name_or_path)
 
 
 def _stage_of(arguments: list[str]) -> str:
@@ -73,12 +74,14 @@ def _rows(task: Task, stage: str, config: CheckConfig, part: str) -> Dataset:
     if stage == "sft":
         return task.conversations("train" if part == "train" else "validation")
     split = "train" if part == "train" else config.evaluate_on
-    folder = Path(config.rankings) if config.rankings else Path(config.output_dir) / "rankings"
+    folder = config.folder(config.output_dir)
     collected = folder / f"{split}.jsonl"
-    if (config.rankings or config.output_dir) and collected.exists():
+    if collected.exists() and not open_rankings(config, task, folder).replaces:
         return Dataset.from_json(str(collected))
+    if config.labeller_is_model:
+        raise UserError(f"{config.labeller} has ranked nothing in {folder}: run `make rankings`")
     count = config.prompts if part == "train" else config.eval_prompts
-    return task.rankings(lambda questions: [[] for _ in questions], split, count, config.noise)
+    return label(config, task, lambda asked: [[] for _ in asked], split, count, torch.device("cpu"))
 
 
 def describe_lengths(
@@ -112,15 +115,15 @@ def describe_repeats(train: Dataset, held_out: Dataset) -> str:
     Case and spaces do not make a difference.
     """
     rows = [_plain(row) for row in train]
-    prompts = {_plain_prompt(row): place for place, row in enumerate(train)}
+    prompts = {opening(row): place for place, row in enumerate(train)}
     leaks = [
         (place, prompts[prompt])
-        for place, prompt in enumerate(map(_plain_prompt, held_out))
+        for place, prompt in enumerate(map(opening, held_out))
         if prompt in prompts
     ]
     lines = [
         f"  {len(rows) - len(set(rows)):,} of {len(rows):,} training rows stand there before",
-        f"  {len(leaks):,} of {len(held_out):,} evaluation rows ask what training asks",
+        f"  {len(leaks):,} of {len(held_out):,} evaluation rows open with what training asks",
     ]
     for place, other in leaks[:3]:
         lines.append(f"    {_place(held_out, place)} asks as {_place(train, other)}")
@@ -130,11 +133,6 @@ def describe_repeats(train: Dataset, held_out: Dataset) -> str:
 def _plain(row: dict[str, Any]) -> str:
     fields = {k: row[k] for k in ("messages", "prompt", "chosen", "rejected") if k in row}
     return " ".join(json.dumps(fields).casefold().split())
-
-
-def _plain_prompt(row: dict[str, Any]) -> str:
-    prompt = row["messages"][:-1] if "messages" in row else row["prompt"]
-    return " ".join(" ".join(message["content"] for message in prompt).casefold().split())
 
 
 def _place(rows: Dataset, index: int) -> str:

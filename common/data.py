@@ -11,7 +11,6 @@ so memory does not grow with the data (but for a .json file that is one array).
 
 import hashlib
 import json
-import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -30,7 +29,10 @@ _MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 _FEATURES: dict[str, dict[str, Any]] = {
     "text": {"text": Value("large_string")},
     "messages": {"messages": _MESSAGES},
-    "preference": {"prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES},
+    "preference": {
+        **{"prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES},
+        **{"margin": Value("float64"), "kind": Value("string")},
+    },
     "prompt": {"prompt": _MESSAGES},
 }
 
@@ -217,33 +219,58 @@ def load_from_hub(source: str, split: str, **options: Any) -> Any:
         ) from error
 
 
-def holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Set `fraction` of the prompts aside: no prompt stands in both parts, in text no equal row.
+def holdout(
+    dataset: Dataset, fraction: float, seed: int, name: str = "the data"
+) -> tuple[Dataset, Dataset]:
+    """Set about `fraction` of the prompts aside: no prompt stands in both parts, in text no row.
+
+    A prompt's own hash decides, not the rows beside it: one that a stage holds out is held out in
+    every other, whatever else they read. Conversations that open alike are one prompt, or one's
+    last answer would stand in the middle of another.
+
+    Args:
+        dataset: rows with `text`, `messages` or `prompt`.
+        fraction: of the prompts.
+        seed: other parts for another.
+        name: what an error calls the data.
 
     Returns:
-        train and evaluation rows, each in the old order; the same seed gives the same parts.
+        train and evaluation rows, each in the old order; the same seed gives the same parts. Of few
+        prompts one at least is left to train on and two, if there are three, are set aside.
 
     Raises:
-        UserError: a part would be empty.
+        UserError: the fraction is none, or there are fewer than two prompts.
     """
-    keys = [_prompt_key(row) for row in dataset]
-    prompts = list(dict.fromkeys(keys))
-    count = round(len(prompts) * fraction)
-    if not 0 < count < len(prompts):
+    if not 0 < fraction < 1:
+        raise UserError(f"validation_fraction ({fraction:g}) must be between 0 and 1")
+    places = [place_of(f"{seed} {opening(row)}") for row in dataset]
+    ordered = sorted(set(places))
+    if len(ordered) < 2:
         raise UserError(
-            f"holdout fraction ({fraction}) of {len(prompts)} prompts leaves a part empty; "
-            "must be between 0 and 1, with more rows"
+            f"{name} has one prompt in {len(places):,} rows: at least 2 are needed, to part them"
         )
-    held = set(random.Random(seed).sample(prompts, count))
-    train = [index for index, key in enumerate(keys) if key not in held]
-    return dataset.select(train), dataset.select(
-        [index for index, key in enumerate(keys) if key in held]
-    )
+    limit = min(max(fraction, ordered[1]), ordered[-2])
+    train = [index for index, place in enumerate(places) if place > limit]
+    held = [index for index, place in enumerate(places) if place <= limit]
+    return dataset.select(train), dataset.select(held)
 
 
-def _prompt_key(row: dict[str, Any]) -> bytes:
-    prompt = row["messages"][:-1] if "messages" in row else row.get("prompt") or row["text"]
-    return hashlib.sha256(json.dumps(prompt).encode()).digest()
+def opening(row: dict[str, Any]) -> str:
+    """What a row asks first: its first user turn, after the system turn if there is one.
+
+    Case and spaces make no difference.
+    """
+    if "text" in row:
+        return str(row["text"])
+    messages = row["messages"] if "messages" in row else row["prompt"]
+    first = [message["role"] for message in messages].index("user")
+    asked = " ".join(message["content"] for message in messages[: first + 1])
+    return " ".join(asked.casefold().split())
+
+
+def place_of(text: str) -> float:
+    """From 0 to 1, as by dice, and the same for the same text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
 
 
 def dataset_fingerprint(source: str | Path | Dataset) -> str:

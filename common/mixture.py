@@ -9,6 +9,7 @@ half. Rows that are held out are shown once. Paths are as in `data`: seen from w
 """
 
 import dataclasses
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,12 @@ class Source:
         return "".join(sign if sign.isalnum() else "_" for sign in stem)
 
     def fingerprint(self) -> str:
-        """sha256 of the file or folder; of a Hub set, its name."""
-        return dataset_fingerprint(self.path) if Path(self.path).exists() else self.path
+        """sha256 of the file or folder (of a Hub set, its name), and what is read of it and how."""
+        local = Path(self.path).exists()
+        said = [dataset_fingerprint(self.path) if local else self.path]
+        said += [self.split] if self.split != "train" else []
+        said += [json.dumps(self.columns, sort_keys=True)] if self.columns else []
+        return " ".join(said)
 
 
 def read_mixture(path: str) -> list[Source]:

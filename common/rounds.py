@@ -28,7 +28,7 @@ class RoundsConfig:
     profile: str = field(default="arden", metadata={"help": "whose configuration"})
     rounds: int = field(default=2, metadata={"help": "rounds in all; the first is make all's"})
     evaluate_on: str = field(
-        default="test", metadata={"help": "test, or dev when choosing settings (Arden)"}
+        default="test", metadata={"help": "test, or dev when choosing settings"}
     )
 
     def __post_init__(self) -> None:

@@ -5,15 +5,18 @@
 
     text        {"text": str}
     messages    {"messages": [{"role", "content"}, ...]}, ending in assistant
-    preference  {"prompt": [...], "chosen": [assistant], "rejected": [assistant]}
+    preference  {"prompt": [...], "chosen": [assistant], "rejected": [assistant],
+                 "margin": how much better, "kind": a name for such pairs; None if not said}
     prompt      {"prompt": [...]}, ending in user
 
 Messages begin with at most one system turn; then user and assistant take turns.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, NamedTuple
 
 Messages = list[dict[str, str]]
@@ -57,6 +60,12 @@ class Row:
         """The value, checked to be text with something in it."""
         return _check_text(self.get(field), f'"{self.name(field)}"')
 
+    def number(self, field: str) -> float | None:
+        """The value, checked to be a number, or None where the row has none."""
+        if not self.has(field):
+            return None
+        return _check_number(self.get(field), f'"{self.name(field)}"')
+
     def is_blank(self, field: str) -> bool:
         """Whether the value is text with nothing in it."""
         value = self.values.get(self.name(field))
@@ -65,7 +74,7 @@ class Row:
     def messages(self, field: str, role: str) -> Messages:
         """The value as messages; plain text is one message by `role`, or a whole dialogue."""
         value, name = self.get(field), f'"{self.name(field)}"'
-        if isinstance(value, str) and value.startswith("\n\nHuman:"):
+        if isinstance(value, str) and re.match(r"\s*Human:", value):
             return _dialogue(value, name, opens_answer=role == "user")
         if isinstance(value, str):
             return [{"role": role, "content": self.text(field)}]
@@ -97,6 +106,7 @@ def _dialogue(text: str, name: str, opens_answer: bool) -> Messages:
 
     A prompt may end in an "Assistant:" that opens the answer.
     """
+    text = "\n\n" + text.replace("\r\n", "\n").lstrip()
     _, *parts = re.split(r"\n\n(Human|Assistant):", text)
     turns = list(zip(parts[::2], parts[1::2], strict=True))
     if opens_answer and turns[-1][0] == "Assistant" and not turns[-1][1].strip():
@@ -119,32 +129,38 @@ def _check_text(value: Any, name: str) -> str:
     return value
 
 
+def _check_number(value: Any, name: str) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRow(f"{name} is {_show(value)}; expected a number")
+    return float(value)
+
+
 def _show(value: Any) -> str:
     text = repr(value)
     text = text if len(text) <= 60 else text[:57] + "..."
     return f"{text} ({type(value).__name__})"
 
 
-def _check_turns(messages: Messages, last: str) -> Messages:
-    """`messages`, if roles come in order and the last is `last`."""
+def _check_turns(messages: Messages, last: str, name: str) -> Messages:
+    """`messages` of the field `name`, if roles come in order and the last is `last`."""
     offset = int(messages[0]["role"] == "system") if messages else 0
     for turn, message in enumerate(messages[offset:]):
         expected = ("user", "assistant")[turn % 2]
         if message["role"] != expected:
             raise BadRow(
-                f"turn {turn + offset + 1} is by {message['role']}; expected {expected}: "
+                f'"{name}": turn {turn + offset + 1} is by {message["role"]}; expected {expected}: '
                 "an optional system turn, then user and assistant in turns"
             )
     if len(messages) == offset or messages[-1]["role"] != last:
         found = messages[-1]["role"] if messages else "nobody"
-        raise BadRow(f"the last turn is by {found}; expected {last}")
+        raise BadRow(f'"{name}": the last turn is by {found}; expected {last}')
     return messages
 
 
 def _conversation(field: str) -> Callable[[Row], dict[str, Any]]:
     def convert(row: Row) -> dict[str, Any]:
         messages = row.system() + row.messages(field, "user")
-        return {"messages": _check_turns(messages, "assistant")}
+        return {"messages": _check_turns(messages, "assistant", row.name(field))}
 
     return convert
 
@@ -153,7 +169,8 @@ def _question_and_answer(question: str, answer: str) -> Callable[[Row], dict[str
     def convert(row: Row) -> dict[str, Any]:
         prompt = row.messages(question, "user")
         completion = row.messages(answer, "assistant")
-        return {"messages": _check_turns(row.system() + prompt + completion, "assistant")}
+        messages = row.system() + prompt + completion
+        return {"messages": _check_turns(messages, "assistant", row.name(question))}
 
     return convert
 
@@ -184,9 +201,17 @@ def _preference(prompt_field: str | None) -> Callable[[Row], dict[str, Any]]:
         if not prompt and prompt_field:
             prompt = row.messages(prompt_field, "user")
         prompt = row.system() + prompt
-        for answer in (chosen, rejected):
-            _check_turns(prompt + answer[-1:], "assistant")
-        return {"prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
+        for name, answer in (("chosen", chosen), ("rejected", rejected)):
+            _check_turns(prompt + answer[-1:], "assistant", row.name(name))
+        if chosen == rejected:
+            raise BadRow("chosen and rejected are the same; expected two answers")
+        return {
+            "prompt": prompt,
+            "chosen": chosen[-1:],
+            "rejected": rejected[-1:],
+            "margin": row.number("margin"),
+            "kind": row.text("kind") if row.has("kind") else None,
+        }
 
     return convert
 
@@ -204,15 +229,25 @@ def _ranked(row: Row) -> list[dict[str, Any]]:
             f"{len(scores)}; expected a score for each answer"
         )
     for i, score in enumerate(scores):
-        if not isinstance(score, int | float) or score != score:
-            raise BadRow(f'"{row.name("scores")}"[{i}] is {_show(score)}; expected a number')
+        _check_number(score, f'"{row.name("scores")}"[{i}]')
     said = [
         [{"role": "assistant", "content": _check_text(a, f'"{row.name("answers")}"[{i}]')}]
         for i, a in enumerate(answers)
     ]
-    _check_turns(prompt, "user")
+    _check_turns(prompt, "user", row.name("prompt"))
+    for one, other in combinations(range(len(said)), 2):
+        if said[one] == said[other] and scores[one] != scores[other]:
+            name = row.name("answers")
+            raise BadRow(f'"{name}"[{one}] and [{other}] are the same with different scores')
+    kind = row.text("kind") if row.has("kind") else None
     return [
-        {"prompt": prompt, "chosen": said[one], "rejected": said[other]}
+        {
+            "prompt": prompt,
+            "chosen": said[one],
+            "rejected": said[other],
+            "margin": float(scores[one] - scores[other]),
+            "kind": kind,
+        }
         for one in range(len(said))
         for other in range(len(said))
         if scores[one] > scores[other]
@@ -230,7 +265,7 @@ def _prompt(field: str) -> Callable[[Row], dict[str, Any]]:
         prompt = row.system() + row.messages(field, "user")
         if field != "prompt" and prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]
-        return {"prompt": _check_turns(prompt, "user")}
+        return {"prompt": _check_turns(prompt, "user", row.name(field))}
 
     return convert
 
@@ -248,6 +283,7 @@ class Shape(NamedTuple):
 
 
 _ALPACA_EXTRA = ("input", "system")
+_PAIR_EXTRA = ("system", "margin", "kind")
 SHAPES: dict[str, list[Shape]] = {
     "text": [Shape(("text",), lambda row: {"text": row.text("text")}, ())],
     "messages": [
@@ -258,10 +294,10 @@ SHAPES: dict[str, list[Shape]] = {
         Shape(("instruction", "output"), _alpaca, _ALPACA_EXTRA),
     ],
     "preference": [
-        Shape(("prompt", "chosen", "rejected"), _preference("prompt")),
-        Shape(("conversations", "chosen", "rejected"), _preference("conversations")),
-        Shape(("chosen", "rejected"), _preference(None)),
-        Shape(("prompt", "answers", "scores"), _ranked),
+        Shape(("prompt", "chosen", "rejected"), _preference("prompt"), _PAIR_EXTRA),
+        Shape(("conversations", "chosen", "rejected"), _preference("conversations"), _PAIR_EXTRA),
+        Shape(("chosen", "rejected"), _preference(None), _PAIR_EXTRA),
+        Shape(("prompt", "answers", "scores"), _ranked, ("system", "kind")),
     ],
     "prompt": [
         Shape(("prompt",), _prompt("prompt")),

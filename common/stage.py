@@ -21,7 +21,7 @@ from common.artifacts import StageOutput, hash_model, require_parent
 from common.config import config_values
 from common.device import has_bf16
 from common.errors import UserError
-from common.tasks import Task, load_task
+from common.tasks import HELD_OUT_SHARE, Task, load_task
 
 # TRL's defaults are for large models on GPUs; these are for any size on anything.
 TRAINER_DEFAULTS = {
@@ -54,7 +54,8 @@ class DataConfig:
     realm_seed: int = field(default=1, metadata={"help": "the realm of Arden"})
     realm_people: int = field(default=PEOPLE, metadata={"help": "inhabitants of the realm"})
     validation_fraction: float = field(
-        default=0.05, metadata={"help": "share of one's own rows that is held out"}
+        default=HELD_OUT_SHARE,
+        metadata={"help": "share of one's own prompts that is held out: half dev, half test"},
     )
     skip_faulty_rows: int = field(
         default=0,
@@ -62,7 +63,7 @@ class DataConfig:
     )
     max_new_tokens: int = field(default=48, metadata={"help": "longest answer, in tokens"})
     evaluate_on: str = field(
-        default="test", metadata={"help": "test, or dev when choosing settings (Arden)"}
+        default="test", metadata={"help": "test, or dev when choosing settings"}
     )
     overwrite: bool = field(
         default=False, metadata={"help": "replace a run of another configuration"}

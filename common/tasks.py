@@ -15,12 +15,11 @@ from common import plays
 from common.arden.task import ArdenTask
 from common.arden.world import PEOPLE
 from common.data import dataset_fingerprint, holdout, load_rows
-from common.errors import UserError
 from common.mixture import Source, load_mixed, read_mixture, weigh
 
 Answer = Callable[[list[str]], list[str]]
 Sample = Callable[[list[str]], list[list[str]]]
-HELD_OUT_SHARE = 0.05  # of a reader's own rows, for evaluation
+HELD_OUT_SHARE = 0.1  # of a reader's own prompts: half to choose by (dev), half for test
 SHOWN_CHARS = 500  # of a prompt in samples.md
 # Of the plays' training dialogues. The others are for ranking and PPO: a reply that the model was
 # tuned on is likelier to it than one of its own, and one that it never read is not.
@@ -174,7 +173,8 @@ class PlaysTask:
 class FileTask:
     """One's own rows, in the formats of `common.data`; a share of them is held out.
 
-    Of several sources the rows are mixed; a prompt that is held out is so in all of them.
+    Of several sources the rows are mixed; a prompt that is held out is so in all of them. Of what
+    is held out, `dev` is the half that a run may choose by and `test` the other.
     """
 
     def __init__(self, sources: list[Source], validation_fraction: float, skip: int = 0) -> None:
@@ -214,17 +214,21 @@ class FileTask:
         return self._rows("messages", split)
 
     def rankings(self, sample: Sample, split: str, count: int, noise: float) -> Dataset:
-        """The sources' own pairs, and `where` each stands; `kind` is the source's name."""
+        """The sources' own pairs, and `where` each stands; without a `kind` the source's name."""
         rows = self._rows("preference", split)
         names = [source.name for source in self.sources] if len(self.sources) > 1 else ["given"]
-        rows = rows.add_column("kind", [names[place] for place in rows["source"]])
-        rows = rows.remove_columns("source")
-        return rows.add_column("flipped", [False] * len(rows))
+        names = [f"{n}_{i}" if names.count(n) > 1 else n for i, n in enumerate(names, start=1)]
+        places = rows["source"]
+        kinds = [kind or names[place] for kind, place in zip(rows["kind"], places, strict=True)]
+        given = rows.remove_columns(["source", "kind"])
+        if None in rows["margin"]:
+            given = given.remove_columns("margin")
+        return given.add_column("kind", kinds).add_column("flipped", [False] * len(rows))
 
     def prompt_rows(self, split: str, count: int) -> Dataset:
         """The prompts of the file, whatever its format."""
-        rows = self._rows("prompt", split)
-        return rows.select(range(min(count, len(rows)))).select_columns(["prompt"])
+        rows = self._rows("prompt", split).select_columns(["prompt"])
+        return rows if count >= len(rows) else rows.shuffle(seed=0).select(range(count))
 
     def measure(
         self, answer: Answer, use: str = "test", limit: int | None = None
@@ -241,10 +245,12 @@ class FileTask:
 
     def _rows(self, format: str, split: str) -> Dataset:
         rows = load_mixed(self.sources, format, self.skip)
-        if len(rows) < 2:
-            name = self.sources[0].path
-            raise UserError(f"{name} has {len(rows)} row: at least 2, one is held out")
-        train, validation = holdout(rows, self.share, seed=0)
-        if split not in ("train", "align"):
+        name = self.sources[0].path
+        train, validation = holdout(rows, self.share, seed=0, name=name)
+        if split in ("train", "align"):
+            return weigh(train, self.sources) if len(self.sources) > 1 else train
+        if split == "validation":
             return validation
-        return weigh(train, self.sources) if len(self.sources) > 1 else train
+        held = f"what validation_fraction ({self.share:g}) holds out of {name}"
+        test, dev = holdout(validation, 0.5, seed=1, name=held)
+        return dev if split == "dev" else test

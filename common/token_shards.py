@@ -11,7 +11,6 @@ shard. One thread reads while another tokenizes, on all cores (`tokenizers` spli
 its own); nothing grows with the text but the list of shards.
 """
 
-import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from common.artifacts import read_json, write_json
+from common.data import place_of
 from common.errors import UserError
 from common.text_stream import TextBatch
 from common.token_file import Encoded, TokenFile, TokenWriter, encode_parts
@@ -150,8 +150,7 @@ def open_token_shards(folder: str | Path, split: str) -> TokenFile:
 
 def is_held_out(text: str, fraction: float) -> bool:
     """Whether a document is among the `fraction` that is held out: by its hash, as by dice."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest) < fraction * 2**64
+    return place_of(text) < fraction
 
 
 def _close(place: dict[str, Any], train: TokenWriter, validation: TokenWriter) -> dict[str, Any]:

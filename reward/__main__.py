@@ -9,6 +9,7 @@ own rankings (`prompt`, `chosen`, `rejected`) are taken as they are. `report.md`
 be trusted, and `go` in the summary whether PPO should follow it (`reward.verdict`).
 """
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from common.artifacts import MetricsFile, require_parent, require_same_tokenizer
 from common.batches import render
 from common.config import parse_config, run
 from common.errors import UserError
-from common.lengths import measure_lengths
+from common.lengths import LengthReport, measure_lengths
 from common.reward_gpt import logprob_scorer
 from common.scoring import score_chats
 from common.sharded import whole_model
@@ -73,23 +74,26 @@ def main() -> None:
         if args.process_index == 0:
             stage.output.start()
             collect(config, args, stage.task, folder)
-    train, held_out = (read_pairs(folder, split) for split in ("train", config.evaluate_on))
-    evaluated = read_pairs(folder, EVALUATED_ON) if args.eval_strategy != "no" else None
+    stops_by = [EVALUATED_ON] if args.eval_strategy != "no" else []
+    pairs: dict[str, Dataset] = {}
+    for split in dict.fromkeys(["train", config.evaluate_on, *stops_by]):
+        rows = read_pairs(folder, split)
+        lengths = measure_lengths(rows, tokenizer, args.max_length)
+        if args.process_index == 0:
+            print(f"reward, {split}: {lengths}")
+        lengths.require_kept(config.max_lost_share)
+        lengths.require_context(stage.parent)
+        pairs[split] = keep_fitting(rows, lengths)
+    train, held_out = pairs["train"], pairs[config.evaluate_on]
     if config.margins and "margin" not in train.column_names:
         raise UserError(f"margins: the rankings in {folder} give no margin; give --margins 0")
-    lengths = measure_lengths(train, tokenizer, args.max_length)
-    if args.process_index == 0:
-        print(f"reward: {lengths}")
-    lengths.require_kept(config.max_lost_share)
-    lengths.require_context(stage.parent)
-    held_out = keep_fitting(held_out, tokenizer, args.max_length)
     torch.manual_seed(args.seed)  # of the new head
     trainer_class = GroupedRewardTrainer if config.pairs_together else RewardTrainer
     trainer: Any = trainer_class(
         model=build_scorer(stage.parent, tokenizer, config.answer_logprobs),
         args=args,
         train_dataset=learned(train, config.margins),
-        eval_dataset=learned(evaluated, config.margins) if evaluated else None,
+        eval_dataset=learned(pairs[EVALUATED_ON], config.margins) if stops_by else None,
         processing_class=tokenizer,
         callbacks=[MetricsFile(stage.output.path / "metrics.jsonl"), *callbacks],
     )
@@ -105,7 +109,7 @@ def main() -> None:
     }
     probabilities = label_probabilities(held_out, scores["chosen"], scores["rejected"])
     summary = measure(model, tokenizer, stage, held_out, scores, probabilities)
-    summary |= {"pairs": len(train) - lengths.truncated, "train_seconds": seconds}
+    summary |= {"pairs": len(train), "train_seconds": seconds}
     report = write_report(summary, held_out, scores["chosen"], scores["rejected"], probabilities)
     write_text(stage.output.path / "report.md", report)
     plot = draw_reliability(reliability(probabilities))
@@ -147,24 +151,18 @@ def learned(pairs: Dataset, margins: float) -> Dataset:
     return scaled.select_columns([*LEARNED, "margin"])
 
 
-def keep_fitting(
-    pairs: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int | None
-) -> Dataset:
-    """The pairs that `max_length` leaves whole: of others nothing was learned.
+def keep_fitting(pairs: Dataset, lengths: LengthReport) -> Dataset:
+    """The pairs that `max_length` leaves whole: of others nothing is learned.
 
     Raises:
         UserError: there is none.
     """
-    lengths = measure_lengths(pairs, tokenizer, max_length)
-    fitting = [
-        place
-        for place, length in enumerate(lengths.row_lengths)
-        if max_length is None or length <= max_length
-    ]
+    limit = lengths.max_length or lengths.longest
+    fitting = [place for place, length in enumerate(lengths.row_lengths) if length <= limit]
     if not fitting:
         raise UserError(
-            f"none of {len(pairs):,} held-out pairs fits into max_length ({max_length:,} tokens), "
-            f"the longest has {lengths.longest:,}: raise max_length, or hold out more"
+            f"none of {len(pairs):,} pairs fits into max_length ({limit:,} tokens), the longest "
+            f"has {lengths.longest:,}: raise max_length, or give more rows"
         )
     return pairs.select(fitting)
 
@@ -190,6 +188,7 @@ def measure(
     figures |= calibration_figures(probabilities, chosen, rejected)
     figures |= length_figures(pairs, chosen, rejected, gold)
     good = [row["prompt"] + row["rejected" if row["flipped"] else "chosen"] for row in pairs]
+    random.Random(0).shuffle(good)  # of a mixture they stand source by source
     figures |= spam_figures(model, tokenizer, good)
     figures["padding_difference"] = padding_difference(model, tokenizer, good)
     reasons = reasons_against(figures, len(pairs))

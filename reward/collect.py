@@ -3,14 +3,17 @@
     make rankings
     python -m reward.collect --config configs/arden/reward.yaml --labeller out/other/reward
 
+    make rankings PROFILE=own DATA=questions.jsonl ARGS="--labeller people"
+
 Leaves `<split>.jsonl` with the pairs, and in `checkpoints/` every prompt with its answers, some
-prompts a file: a killed run goes on after the last of them. With a list `scores` added to each row
-such a file is a set of rankings by hand, which `labeller` takes. The reward stage collects by
-itself what is missing.
+prompts a file: a killed run goes on after the last of them. Where people are to rank it leaves
+`answers.jsonl` in place of pairs, whatever the format of the data: with a list `scores` added to
+each row that is a file of rankings, as `data` or as `labeller`. The reward stage collects by itself
+what is missing.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -33,7 +36,7 @@ from common.scoring import score_chats
 from common.stage import TRAINER_DEFAULTS, open_task
 from common.tasks import Task, load_task
 from common.tokenizer import load_tokenizer
-from reward.config import BY_DATA, RankingConfig, RewardModelConfig
+from reward.config import BY_DATA, BY_PEOPLE, RankingConfig, RewardModelConfig
 
 EVALUATED_ON = "dev"  # while training
 SHARD = 256  # prompts whose answers are kept together
@@ -59,6 +62,12 @@ def main() -> None:
     """Collect the rankings that the reward stage of the same configuration takes."""
     config, args = parse_config(RewardModelConfig, RewardConfig, defaults=TRAINER_DEFAULTS)
     folder = config.folder(args.output_dir)
+    if config.labeller == BY_PEOPLE:
+        path = collect_answers(config, args, open_task(config), folder)
+        count = len(read_rows(path))
+        print(f"rankings: {path}, {count:,} prompts: add a list `scores` to each, then give it as")
+        print(f"  make reward ... DATA={path}")
+        return
     collect(config, args, open_task(config), folder)
     for path in sorted(folder.glob("*.jsonl")):
         print(f"rankings: {path}, {len(path.read_text(encoding='utf-8').splitlines()):,} pairs")
@@ -72,16 +81,12 @@ def collect(config: RankingConfig, args: RewardConfig, task: Task, folder: Path)
     Raises:
         UserError: the policy is missing, or the folder holds rankings of another configuration.
     """
-    sources = {
-        "policy": hash_model(require_parent(config.policy, config.parent_command)),
-        "data": task.fingerprint(),
-    }
-    if config.labeller_is_model:
-        sources["labeller"] = hash_model(Path(config.labeller))
-    elif config.labeller != BY_DATA:
-        sources["labeller"] = dataset_fingerprint(config.labeller)
-    values = {name: value for name, value in config_values(config).items() if name in IDENTITY}
-    output = StageOutput(str(folder), values, sources, config.overwrite)
+    if config.labeller == BY_PEOPLE:
+        raise UserError(
+            "labeller people: let `make rankings` write answers.jsonl, give each of its rows "
+            "`scores`, and train on that file: --data answers.jsonl --labeller data"
+        )
+    output = open_rankings(config, task, folder)
     output.start()
     counts = {"train": config.prompts, config.evaluate_on: config.eval_prompts}
     if args.eval_strategy != "no":
@@ -91,7 +96,50 @@ def collect(config: RankingConfig, args: RewardConfig, task: Task, folder: Path)
         if not path.exists():
             sample = keep_shards(sampler(config, args.device), output.checkpoints, split)
             rows = label(config, task, sample, split, count, args.device)
-            write_text(path, "".join(f"{line}\n" for line in map(json.dumps, rows)))
+            write_rows(path, rows)
+
+
+def collect_answers(config: RankingConfig, args: RewardConfig, task: Task, folder: Path) -> Path:
+    """Write `folder/answers.jsonl`: prompts to train on and held out, each with several answers.
+
+    Whoever reads the file with its scores holds the same prompts out.
+
+    Raises:
+        UserError: as `collect`.
+    """
+    output, path = open_rankings(config, task, folder), folder / "answers.jsonl"
+    output.start()
+    if path.exists():  # with scores by now, it may be
+        return path
+    answer, rows = sampler(config, args.device), []
+    for split in ("train", "dev", "test"):
+        count = config.prompts if split == "train" else config.eval_prompts
+        prompts = list(task.prompt_rows(split, count)["prompt"])
+        answers = keep_shards(answer, output.checkpoints, split)(prompts)
+        rows += [
+            {"prompt": prompt, "answers": list(dict.fromkeys(filter(str.strip, several)))}
+            for prompt, several in zip(prompts, answers, strict=True)
+        ]
+    write_rows(path, [row for row in rows if len(row["answers"]) > 1])
+    return path
+
+
+def open_rankings(config: RankingConfig, task: Task, folder: Path) -> StageOutput:
+    """The folder, and whether what it holds is of this configuration.
+
+    Raises:
+        UserError: as `collect`.
+    """
+    sources = {
+        "policy": hash_model(require_parent(config.policy, config.parent_command)),
+        "data": task.fingerprint(),
+    }
+    if config.labeller_is_model:
+        sources["labeller"] = hash_model(Path(config.labeller))
+    elif config.labeller not in (BY_DATA, BY_PEOPLE):
+        sources["labeller"] = dataset_fingerprint(config.labeller)
+    values = {name: value for name, value in config_values(config).items() if name in IDENTITY}
+    return StageOutput(str(folder), values, sources, config.overwrite)
 
 
 def sampler(config: RankingConfig, device: torch.device) -> Callable[..., list[list[str]]]:
@@ -118,15 +166,15 @@ def keep_shards(sample: Callable[..., list[list[str]]], folder: Path, split: str
         for first in tqdm(range(0, len(prompts), SHARD), desc=f"answers, {split}"):
             number = first // SHARD
             path = folder / f"{split}-{number:05d}.jsonl"
-            if not path.exists():
-                asked = prompts[first : first + SHARD]
+            asked = prompts[first : first + SHARD]
+            rows = read_rows(path) if path.exists() else []
+            if [row["prompt"] for row in rows] != asked:  # none, or other code's
                 rows = [
                     {"prompt": prompt, "answers": several}
                     for prompt, several in zip(asked, sample(asked, seed=number), strict=True)
                 ]
-                write_text(path, "".join(f"{line}\n" for line in map(json.dumps, rows)))
-            lines = path.read_text(encoding="utf-8").splitlines()
-            answers += [json.loads(line)["answers"] for line in lines]
+                write_rows(path, rows)
+            answers += [row["answers"] for row in rows]
         return answers
 
     return answer
@@ -190,6 +238,16 @@ def rank_by_model(
             "raise samples_per_prompt"
         )
     return Dataset.from_list(rows)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """What `write_rows` wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """A line of JSON each."""
+    write_text(path, "".join(f"{line}\n" for line in map(json.dumps, rows)))
 
 
 def _assistant(text: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.stage import LabelledDataConfig
 
-BY_DATA = "data"
+BY_DATA, BY_PEOPLE = "data", "people"
 
 
 @dataclass
@@ -23,7 +23,8 @@ class RankingConfig(LabelledDataConfig):
         default=BY_DATA,
         metadata={
             "help": "who ranks: data (Arden's judge, who errs; a play's own replies; the rankings "
-            "that the data is), a reward model's directory, or a file of rankings"
+            "that the data is), a reward model's directory, a file of rankings, or people: "
+            "`make rankings` then leaves the answers in answers.jsonl to be given scores"
         },
     )
     noise: float = field(default=0.1, metadata={"help": "how often Arden's labeller errs"})
@@ -34,10 +35,10 @@ class RankingConfig(LabelledDataConfig):
     def __post_init__(self) -> None:
         """The policy is the parent unless said otherwise; the labeller must be there."""
         self.policy = self.policy or self.model_name_or_path
-        if self.labeller != BY_DATA and not Path(self.labeller).exists():
+        if self.labeller not in (BY_DATA, BY_PEOPLE) and not Path(self.labeller).exists():
             raise UserError(
-                f"labeller ({self.labeller}) must be {BY_DATA}, or the path of a reward model or "
-                "of a file of rankings: there is none"
+                f"labeller ({self.labeller}) must be {BY_DATA}, {BY_PEOPLE}, or the path of a "
+                "reward model or of a file of rankings: there is none"
             )
 
     @property

@@ -111,10 +111,11 @@ def main() -> None:
     data, held_out = stage.task.conversations("train"), stage.task.conversations("validation")
     with args.main_process_first():
         if args.process_index == 0:
-            lengths = measure_lengths(data, tokenizer, args.max_length)
-            print(f"sft: {lengths}")
-            lengths.require_kept(config.max_lost_share)
-            lengths.require_context(stage.parent)
+            for name, rows in (("to train on", data), ("held out", held_out)):
+                lengths = measure_lengths(rows, tokenizer, args.max_length)
+                print(f"sft, {name}: {lengths}")
+                lengths.require_kept(config.max_lost_share)
+                lengths.require_context(stage.parent)
             stage.output.start()
     trainer = trainer_class(
         model=base,

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import subprocess
 import sys
@@ -67,6 +68,10 @@ def test_lora_leaves_a_plain_model_that_the_next_stage_takes(tiny: Path, tmp_pat
     assert figures["pairs_given"] > 0 and isinstance(figures["go"], bool)
 
 
+def pairs_of(folder: Path, split: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rankings" / f"{split}.jsonl").open()]
+
+
 def test_dialogues_in_one_string_and_scored_answers(tiny: Path, tmp_path: Path) -> None:
     """Two kinds of preferences mixed: 60 pairs in gzip, and 20 prompts with three answers each."""
     said = "\n\nHuman: What is {}?\n\nAssistant: A number.\n\nHuman: Sure?\n\nAssistant: {}"
@@ -86,9 +91,12 @@ def test_dialogues_in_one_string_and_scored_answers(tiny: Path, tmp_path: Path) 
     figures = run_stage(
         "reward", tiny, tmp_path / "reward", mixture, validation_fraction=0.2, max_length=256
     )
-    # 16 of 80 prompts are held out; the others' pairs are one or three each
-    assert figures["pairs_hh"] + figures["pairs_ranked"] / 3 == 16
-    assert figures["pairs"] == 60 - figures["pairs_hh"] + 60 - figures["pairs_ranked"]
+    train, held_out = (pairs_of(tmp_path / "reward", split) for split in ("train", "test"))
+    assert figures["pairs"] == len(train) > 80
+    for kind in ("hh", "ranked"):
+        assert figures[f"pairs_{kind}"] == sum(row["kind"] == kind for row in held_out) > 0
+    asked = [{str(row["prompt"]) for row in rows} for rows in (train, held_out)]
+    assert not asked[0] & asked[1]
     assert {"accuracy_hh", "accuracy_ranked", "spam_thanks"} <= figures.keys()
     report = (tmp_path / "reward" / "report.md").read_text()
     assert "| hh |" in report and (tmp_path / "reward" / "reliability.svg").exists()
@@ -109,9 +117,12 @@ def test_all_pairs_of_a_prompt_and_early_stopping(tiny: Path, tmp_path: Path) ->
     fields |= {"learning_rate": 0.0, "validation_fraction": 0.2, "max_length": 64}
     out = tmp_path / "reward"
     figures = run_stage("reward", tiny, out, tmp_path / "ranked.json", **fields)
-    assert figures["pairs"] == 24 * 3
+    prompts = len({str(row["prompt"]) for row in pairs_of(out, "train")})
+    assert figures["pairs"] == prompts * 3 > 45
+    parts = [{str(row["prompt"]) for row in pairs_of(out, split)} for split in ("dev", "test")]
+    assert not parts[0] & parts[1]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     evaluated = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in evaluated] == [1, 2]
-    assert evaluated[0]["epoch"] == pytest.approx(1 / 6)
+    assert evaluated[0]["epoch"] == pytest.approx(1 / math.ceil(prompts / 4))
     assert "eval_accuracy" in evaluated[0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_repeats_by_hand():
     ]
     assert describe_repeats(*rows).splitlines() == [
         "  1 of 3 training rows stand there before",
-        "  1 of 2 evaluation rows ask what training asks",
+        "  1 of 2 evaluation rows open with what training asks",
         "    f, row 0 asks as f, row 1",
     ]
 
@@ -68,10 +69,11 @@ def test_command_reports_and_refuses(tiny: Path, tmp_path: Path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = check(tiny, "sft", data)
     assert done.returncode == 0, done.stderr
-    assert "38 rows" in done.stdout and "[[ He is.<|eos|>]]" in done.stdout
+    train, held_out = (int(n) for n in re.findall(r"(\d+) rows, ", done.stdout))
+    assert train + held_out == 40 and 2 <= held_out < 12 and "[[ He is.<|eos|>]]" in done.stdout
     done = check(tiny, "sft", data, "--max_length", "64")
     assert done.returncode == 2 and "[cut off:" not in done.stderr
-    assert "20 of 38 rows are longer" in done.stderr and "faq.jsonl, row " in done.stderr
+    assert f" of {train} rows are longer" in done.stderr and "faq.jsonl, row " in done.stderr
     assert "Traceback" not in done.stderr
     done = check(tiny, "sft", data, "--stage", "rlhf")
     assert done.returncode == 2 and "stage (rlhf) must be one of sft, reward" in done.stderr
@@ -80,17 +82,20 @@ def test_command_reports_and_refuses(tiny: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("stage", "name", "rows"),
     [
-        ("sft", "alpaca_en_1k.json", "949 rows"),
-        ("sft", "gsm8k_train.jsonl", "7,099 rows"),
-        ("reward", "preferences_en_300.json", "284 rows"),
+        ("sft", "alpaca_en_1k.json", 999),
+        ("sft", "gsm8k_train.jsonl", 7_473),
+        ("reward", "preferences_en_300.json", 300),
     ],
 )
-def test_real_files(tiny: Path, stage: str, name: str, rows: str):
+def test_real_files(tiny: Path, stage: str, name: str, rows: int):
     folder = os.environ.get("FOLIO_TEST_DATA")
     if not folder:
         pytest.skip("FOLIO_TEST_DATA names no folder with the real data")
     done = check(tiny, stage, Path(folder) / name, "--max_length", "64")
-    assert done.returncode == 2 and rows in done.stdout and f"{name}, row " in done.stderr
+    assert done.returncode == 2 and f"{name}, row " in done.stderr
+    counts = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) rows, [\d,]+ t", done.stdout)]
+    assert counts[0] == pytest.approx(0.9 * rows, rel=0.1)
+    assert stage == "reward" or sum(counts) == rows  # the reward model's dev is not shown
     done = check(tiny, stage, Path(folder) / name, "--max_lost_share", "1")
     assert done.returncode == 0, done.stderr
 

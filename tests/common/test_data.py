@@ -45,6 +45,7 @@ def test_messages(load, row, expected):
     assert load([row, row]).to_list() == [{"messages": expected or row["messages"]}] * 2
 
 
+UNSAID = {"margin": None, "kind": None}
 PLAIN = {"prompt": say("u: Hi"), "chosen": say("a: Ho"), "rejected": say("a: No")}
 
 
@@ -74,10 +75,18 @@ PLAIN = {"prompt": say("u: Hi"), "chosen": say("a: Ho"), "rejected": say("a: No"
             {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "Ho", "rejected": "No"},
             PLAIN,
         ),
+        (
+            {"prompt": "Human: Hi\r\n\r\nAssistant:", "chosen": "Ho", "rejected": "No"},
+            PLAIN,
+        ),
     ],
 )
 def test_preference(load, row, expected):
-    assert load([row], format="preference").to_list() == [expected]
+    """A margin or a kind goes along where the row has one."""
+    assert load([row], format="preference").to_list() == [expected | UNSAID]
+    said = row | {"margin": 2, "kind": "manners"}
+    told = {"margin": 2.0, "kind": "manners"}
+    assert load([said], format="preference", name="b.jsonl").to_list() == [expected | told]
 
 
 def test_ranked_answers_become_pairs(load):
@@ -87,6 +96,7 @@ def test_ranked_answers_become_pairs(load):
     found = [(r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in pairs]
     assert found == [("So", "No"), ("Ho", "So"), ("Ho", "No"), ("Ho", "Oh"), ("Oh", "No")]
     assert all(r["prompt"] == say("u: Hi") and r["where"].endswith("row 1") for r in pairs)
+    assert pairs["margin"] == [3.0, 7.5, 10.5, 7.5, 3.0]
 
 
 def test_shared_prefix_from_gzip(tmp_path):
@@ -97,7 +107,7 @@ def test_shared_prefix_from_gzip(tmp_path):
     path = tmp_path / "train.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps(line).encode() + b"\n"))
     options = {"cache_dir": str(tmp_path / "cache")}
-    assert load_rows(str(path), format="preference", **options).to_list() == [PLAIN]
+    assert load_rows(str(path), format="preference", **options).to_list() == [PLAIN | UNSAID]
     prompts = load_rows(str(path), format="prompt", **options)
     assert prompts.to_list() == [{"prompt": say("u: Hi")}]
 
@@ -167,7 +177,7 @@ FAULTS = [
     ([{"conversations": [{"from": "bot", "value": "x"}]}], '"from" is \'bot\' (str); expected sys'),
     ([{"messages": say("u: a")}], "the last turn is by user; expected assistant"),
     ([{"messages": say("s: a")}], "the last turn is by system; expected assistant"),
-    ([{"messages": say("a: a")}], "turn 1 is by assistant; expected user"),
+    ([{"messages": say("a: a")}], '"messages": turn 1 is by assistant; expected user'),
     ([{"messages": say("s: a", "s: b")}], "turn 2 is by system; expected user"),
     ([{"messages": say("u: a", "u: b", "a: c")}], "turn 2 is by user; expected assistant"),
     ([{"prompt": "\ud800", "completion": "x"}], '"prompt" holds half a character'),
@@ -233,6 +243,21 @@ def test_faults_of_messages(load, rows, message):
             "preference",
             {"prompt": "a", "answers": ["b", ""], "scores": [1, 2]},
             '"answers"[1] is empty; expected text',
+        ),
+        (
+            "preference",
+            {"prompt": "a", "answers": ["b", "c", "b"], "scores": [1, 2, 3]},
+            '"answers"[0] and [2] are the same with different scores',
+        ),
+        (
+            "preference",
+            {"prompt": "a", "chosen": "b", "rejected": "b"},
+            "chosen and rejected are the same; expected two answers",
+        ),
+        (
+            "preference",
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"},
+            "\"margin\" is 'much' (str); expected a number",
         ),
     ],
 )

@@ -4,8 +4,10 @@ import csv
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -14,7 +16,7 @@ import pytest
 from datasets import Dataset
 
 from common import readers
-from common.data import _NAMED, dataset_fingerprint, holdout, load_rows
+from common.data import _NAMED, dataset_fingerprint, holdout, load_rows, opening
 from common.errors import UserError
 from common.lengths import measure_lengths
 from common.tokenizer import train_characters
@@ -136,7 +138,7 @@ def test_holdout_parts_no_prompt(tmp_path):
     answers = [(f"q{i % 20}", f"a{i}") for i in range(60)]  # three answers a question
     rows = Dataset.from_list([{"messages": say(f"u: {q}", f"a: {a}")} for q, a in answers])
     train, evaluation = holdout(rows, 0.1, seed=0)
-    assert (len(train), len(evaluation)) == (54, 6)
+    assert len(train) + len(evaluation) == 60 and 0 < len(evaluation) < 20
     asked = [{row["messages"][0]["content"] for row in part} for part in (train, evaluation)]
     assert not asked[0] & asked[1]
     assert [int(r["messages"][1]["content"][1:]) for r in train] == sorted(
@@ -144,12 +146,36 @@ def test_holdout_parts_no_prompt(tmp_path):
     )
     assert holdout(rows, 0.1, seed=0)[1].to_list() == evaluation.to_list()
     assert holdout(rows, 0.1, seed=1)[1].to_list() != evaluation.to_list()
-    prompts = Dataset.from_list([{"prompt": say(f"u: {i}")} for i in range(4)])
-    assert [len(part) for part in holdout(prompts, 0.5, seed=0)] == [2, 2]
-    texts = Dataset.from_list([{"text": str(i)} for i in range(4)])
-    for fraction in (0, 0.01, 1, 1.5):
-        with pytest.raises(UserError, match="leaves a part empty"):
+    texts = Dataset.from_list([{"text": str(i)} for i in range(4000)])
+    assert len(holdout(texts, 0.1, seed=0)[1]) == pytest.approx(400, abs=4 * math.sqrt(360))
+    few = texts.select(range(2))
+    assert [[len(part) for part in holdout(few, f, seed=0)] for f in (0.001, 0.999)] == [[1, 1]] * 2
+    for fraction in (0, 1, 1.5):
+        with pytest.raises(UserError, match=r"validation_fraction \(.*\) must be between 0 and 1"):
             holdout(texts, fraction, seed=0)
+    with pytest.raises(UserError, match="mine has one prompt in 1 rows: at least 2 are needed"):
+        holdout(texts.select([0]), 0.5, seed=0, name="mine")
+
+
+def test_what_is_held_out_depends_on_the_prompt_alone():
+    """Broken by drawing among the prompts there are: one faulty row moved all others, and the
+    reward model had trained on three in four of the prompts that PPO was measured on."""
+    texts = Dataset.from_list([{"text": str(i)} for i in range(200)])
+    held = set(holdout(texts, 0.1, seed=0)[1]["text"])
+    fewer = set(holdout(texts.select(range(1, 200)), 0.1, seed=0)[1]["text"])
+    assert fewer == held - {"0"} and len(held) > 5
+
+
+def test_conversations_that_open_alike_are_held_out_together():
+    """Broken by the whole of what is asked: a held-out answer stood inside a training dialogue."""
+    first = [say("s: Be kind", f"u: q{i}", f"a: a{i}") for i in range(40)]
+    longer = [[*messages, *say("u: And?", "a: No")] for messages in first]
+    spaced = [say("s: be  kind", f"u: Q{i} ", f"a: b{i}") for i in range(40)]
+    rows = Dataset.from_list([{"messages": m} for m in [*first, *longer, *spaced]])
+    parts = holdout(rows, 0.2, seed=0)
+    opened = [Counter(opening(row) for row in part) for part in parts]
+    assert not opened[0].keys() & opened[1].keys()
+    assert {*opened[0].values(), *opened[1].values()} == {3}
 
 
 def test_fingerprints(tmp_path):

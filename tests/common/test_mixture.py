@@ -58,9 +58,18 @@ def test_a_source_is_a_subset_of_the_reward_figures(tmp_path: Path) -> None:
     assert set(rows["kind"]) == {"hh_1", "mine"} and "source" not in rows.column_names
 
 
-def test_fingerprint_changes_with_a_weight(mixture: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("weight: 2", "weight: 3"),
+        ("weight: 2", "weight: 2, split: test"),
+        ("frage, output: output", "frage, output: frage"),
+    ],
+)
+def test_fingerprint_changes_with_what_is_read(mixture: Path, old: str, new: str) -> None:
+    """Broken by the files' content alone: a finished run then stood for other columns."""
     before = load_task(str(mixture)).fingerprint()
-    mixture.write_text(mixture.read_text().replace("weight: 2", "weight: 3"))
+    mixture.write_text(mixture.read_text().replace(old, new))
     assert load_task(str(mixture)).fingerprint() != before
 
 

@@ -15,7 +15,7 @@ from common.scoring import score_chats
 from common.tasks import load_task
 from common.tokenizer import load_tokenizer
 from reward import collect as module
-from reward.collect import collect, keep_shards, rank_by_model
+from reward.collect import collect, collect_answers, keep_shards, rank_by_model
 from reward.config import RankingConfig
 from tests.toy import save_toy
 
@@ -46,6 +46,13 @@ def test_a_killed_collection_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert asked == [(["a", "b"], 0), (["c", "d"], 1), (["c", "d"], 1), (["e"], 2)]
     assert resumed == keep_shards(made_up, tmp_path / "b", "train")(prompts)
     assert resumed[4] == ["e 2 0", "e 2 1"]
+
+
+def test_answers_to_other_prompts_are_not_taken(tmp_path: Path) -> None:
+    """Broken by the number of a shard alone: other code's prompts got the answers kept."""
+    answer = keep_shards(made_up, tmp_path, "train")
+    answer(["a", "b"])
+    assert answer(["c", "b", "d"]) == made_up(["c", "b", "d"], 0)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +119,32 @@ def test_each_labeller_and_another_configuration(toy: Path, tmp_path: Path) -> N
     shards = [json.loads(line) for line in kept.splitlines()]
     ranked.write_text("".join(json.dumps(row | {"scores": [4, 3, 2, 1]}) + "\n" for row in shards))
     by_hand = run(labeller=ranked, validation_fraction=0.2, overwrite="true")
-    assert by_hand[0]["chosen"][0]["content"] == shards[0]["answers"][0]
-    with pytest.raises(UserError, match=r"labeller \(nobody\) must be data"):
+    first = next(row for row in shards if row["prompt"] == by_hand[0]["prompt"])
+    assert by_hand[0]["chosen"][0]["content"] == first["answers"][0]
+    with pytest.raises(UserError, match=r"labeller \(nobody\) must be data, people"):
         configure(toy, questions, labeller="nobody")
+
+
+def test_answers_for_people_to_rank(toy: Path, tmp_path: Path) -> None:
+    """Of prompts alone. Whoever adds scores gets those pairs, and holds out what the prompts'
+    reader does. Broken by the prompts to train on alone, and by writing over what people added."""
+    questions, folder = tmp_path / "asked.jsonl", tmp_path / "rankings"
+    asked = [{"prompt": f"How many are {n}?"} for n in range(40)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    config = configure(toy, questions, labeller="people", validation_fraction=0.2)
+    args = RewardConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    task = load_task(str(questions), validation_fraction=0.2)
+    with pytest.raises(UserError, match=r"let `make rankings` write answers\.jsonl"):
+        collect(config, args, task, folder)
+    path = collect_answers(config, args, task, folder)
+    rows = [json.loads(line) for line in path.open()]
+    assert len(rows) == 40 and all(1 < len(set(row["answers"])) <= 4 for row in rows)
+    scored = [row | {"scores": [*range(len(row["answers"]))]} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in scored))
+    assert collect_answers(config, args, task, folder).read_text() == path.read_text()
+    given = load_task(str(path), validation_fraction=0.2)
+    for ours, theirs in (("train", "align"), ("dev", "dev"), ("test", "test")):
+        pairs = given.rankings(lambda prompts: [], ours, 0, 0.0)
+        prompts = task.prompt_rows(theirs, 99)["prompt"]
+        assert {str(p) for p in pairs["prompt"]} == {str(p) for p in prompts}
+        assert set(pairs["margin"]) <= {1.0, 2.0, 3.0}
