@@ -153,10 +153,12 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def rewind(self, step: int) -> None:
-        """Keep only lines up to `step`."""
+        """Keep only lines up to `step`, without those that tell of a training that had ended."""
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
+            kept = [
+                line for line in lines if _step_of(line) <= step and "train_runtime" not in line
+            ]
             write_text(self.path, "".join(line + "\n" for line in kept))
 
     def write(self, values: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.batches import BATCH, Chat, by_length, pad, render
 from common.decoding import sample_unended
@@ -19,6 +19,16 @@ def as_chat(question: str | Chat) -> Chat:
 def answered(question: str | Chat, text: str) -> Chat:
     """The conversation with the assistant's answer behind it."""
     return [*as_chat(question), {"role": "assistant", "content": text}]
+
+
+def plain_sampling(theirs: GenerationConfig) -> GenerationConfig:
+    """A checkpoint's generation settings without its ways to sample (top-p, penalties ...).
+
+    What is measured and what PPO trains are a model's own probabilities; `generate` takes from the
+    model whatever a call leaves unsaid.
+    """
+    ends = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: getattr(theirs, name) for name in ends})
 
 
 @torch.no_grad()
@@ -43,7 +53,8 @@ def generate_answers(
     rows = render(tokenizer, [as_chat(question) for question in questions], ask=True)
     answers: list[list[str]] = [[] for _ in questions]
     sampler: Any = model  # `generate` comes with a mixin that PreTrainedModel's type leaves out
-    was_training = model.training
+    was_training, settings = model.training, sampler.generation_config
+    sampler.generation_config = plain_sampling(settings)
     model.eval()
     with torch.random.fork_rng(enabled=True):
         torch.manual_seed(seed)
@@ -65,6 +76,7 @@ def generate_answers(
             for row, text in enumerate(texts):
                 answers[places[row // samples]].append(text.removeprefix(" "))
     model.train(was_training)
+    sampler.generation_config = settings
     return answers
 
 

@@ -11,6 +11,7 @@ half. Rows that are held out are shown once. Paths are as in `data`: seen from w
 import dataclasses
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +72,10 @@ def _source(entry: object, where: str) -> Source:
     return Source(**entry)
 
 
-def load_mixed(sources: list[Source], format: str, skip: int = 0) -> Dataset:
-    """All rows of all sources, once each, with `source`, the source's index.
+def load_mixed(
+    sources: list[Source], format: str, skip: int = 0, keep: Sequence[str] = ()
+) -> Dataset:
+    """All rows of all sources, once each, with `source`, their source's index, and columns to keep.
 
     In each source as many as `skip` faulty rows are passed over.
 
@@ -85,6 +88,7 @@ def load_mixed(sources: list[Source], format: str, skip: int = 0) -> Dataset:
             format=format,
             split=source.split,
             columns=source.columns,
+            keep=keep,
             where=format in ("messages", "preference"),
             skip=skip,
         )

@@ -153,7 +153,7 @@ def logprob_scorer(path: str, answer_opening: list[int]) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path)
     kind: Any = LogprobGPT if isinstance(config, Qwen3Config) else LessonLogprobGPT
     config = with_class(config, kind.config_class, answer_opening=answer_opening)
-    return kind.from_pretrained(path, config=config)
+    return kind.from_pretrained(path, config=config, dtype=torch.float32)
 
 
 def with_class(config: PreTrainedConfig, config_class: Any, **changes: Any) -> PreTrainedConfig:

@@ -1,5 +1,6 @@
 """What the three stages on TRL's trainers share: their data fields, their start, their resuming."""
 
+import json
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
 
 from common.arden.world import PEOPLE
 from common.artifacts import StageOutput, hash_model, require_parent
@@ -106,6 +108,7 @@ def open_task(config: Any) -> Task:
         columns=config.columns,
         validation_fraction=config.validation_fraction,
         skip_faulty_rows=config.skip_faulty_rows,
+        keep=getattr(config, "keep_columns", ()),  # alignment's alone
     )
 
 
@@ -188,17 +191,65 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix(shown)
 
 
+class Stopwatch(TrainerCallback, ExportableState):
+    """Seconds of training, those of a killed run up to its last checkpoint included."""
+
+    def __init__(self) -> None:
+        self.before, self.start = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self.before + time.perf_counter() - self.start
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"before": self.seconds}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on with a checkpoint's."""
+        if state.global_step and "Stopwatch" in state.stateful_callbacks:
+            self.before = state.stateful_callbacks["Stopwatch"]["attributes"]["before"]
+
+
 def train_or_resume(trainer: Trainer, checkpoints: Path) -> float:
-    """Train from the newest whole checkpoint, or from the start; seconds that this call took."""
+    """Train from the newest whole checkpoint, or from the start; seconds of training in all.
+
+    From a checkpoint at which the run had ended, by its steps or before, no further step is taken.
+    """
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressBar)
     wait_for_generators(trainer)
-    whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    watch = Stopwatch()
+    trainer.add_callback(watch)
+    states = {path.parent: _read_state(path) for path in checkpoints.glob("*/trainer_state.json")}
+    whole = [path for path, state in states.items() if state]
     newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    start = time.perf_counter()
+    if newest and states[newest]["stateful_callbacks"]["TrainerControl"]["args"].get(
+        "should_training_stop"
+    ):
+        take_no_step(trainer)
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    return round(time.perf_counter() - start, 1)
+    return round(watch.seconds, 1)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's state; empty where a kill cut its writing short."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return {}
+
+
+def take_no_step(trainer: Trainer) -> None:
+    """Let `train` load its checkpoint and end: transformers looks for the end after a step only."""
+
+    def none(*_: Any, **__: Any) -> tuple[list[Any], None]:
+        trainer.control.should_training_stop = True
+        return [], None
+
+    trainer.get_batch_samples = none  # type: ignore[method-assign]
 
 
 def wait_for_generators(trainer: Trainer) -> None:

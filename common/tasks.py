@@ -5,7 +5,7 @@ Each kind of data is a class with the methods that the stages call; `load_task` 
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from common import plays
 from common.arden.task import ArdenTask
 from common.arden.world import PEOPLE
 from common.data import dataset_fingerprint, holdout, load_rows
+from common.errors import UserError
 from common.mixture import Source, load_mixed, read_mixture, weigh
 
 Answer = Callable[[list[str]], list[str]]
@@ -76,9 +77,12 @@ def load_task(
             mixture (`common.mixture`).
         realm_seed, realm_people: for Arden.
         documents: for Arden, the chronicle's length.
-        options: `plays`, `columns`, `validation_fraction`, `skip_faulty_rows`, of which each kind
-            takes its own.
+        options: `plays`, `columns`, `validation_fraction`, `skip_faulty_rows`, `keep` (columns that
+            prompts carry along), of which each kind takes its own.
     """
+    keep = options.get("keep", ())
+    if keep and (data in ("arden", "shakespeare") or options.get("plays")):
+        raise UserError(f"keep_columns ({', '.join(keep)}): {data} has none, they are of own rows")
     if data == "arden":
         return ArdenTask(realm_seed, documents, realm_people)
     if data == "shakespeare" or options.get("plays"):
@@ -88,7 +92,7 @@ def load_task(
     else:
         sources = [Source(data, columns=options.get("columns"))]
     share = options.get("validation_fraction", HELD_OUT_SHARE)
-    return FileTask(sources, share, options.get("skip_faulty_rows", 0))
+    return FileTask(sources, share, options.get("skip_faulty_rows", 0), keep)
 
 
 class PlaysTask:
@@ -177,8 +181,14 @@ class FileTask:
     is held out, `dev` is the half that a run may choose by and `test` the other.
     """
 
-    def __init__(self, sources: list[Source], validation_fraction: float, skip: int = 0) -> None:
-        self.sources, self.share, self.skip = sources, validation_fraction, skip
+    def __init__(
+        self,
+        sources: list[Source],
+        validation_fraction: float,
+        skip: int = 0,
+        keep: Sequence[str] = (),
+    ) -> None:
+        self.sources, self.share, self.skip, self.keep = sources, validation_fraction, skip, keep
         one_text = len(sources) == 1 and sources[0].path.removesuffix(".gz").endswith(".txt")
         self.documents_apart = not one_text
 
@@ -226,8 +236,8 @@ class FileTask:
         return given.add_column("kind", kinds).add_column("flipped", [False] * len(rows))
 
     def prompt_rows(self, split: str, count: int) -> Dataset:
-        """The prompts of the file, whatever its format."""
-        rows = self._rows("prompt", split).select_columns(["prompt"])
+        """The prompts of the file, whatever its format, and the columns to keep."""
+        rows = self._rows("prompt", split).select_columns(["prompt", *self.keep])
         return rows if count >= len(rows) else rows.shuffle(seed=0).select(range(count))
 
     def measure(
@@ -244,7 +254,8 @@ class FileTask:
         return short or [rows[0]["prompt"][-1]["content"]]
 
     def _rows(self, format: str, split: str) -> Dataset:
-        rows = load_mixed(self.sources, format, self.skip)
+        keep = self.keep if format == "prompt" else ()
+        rows = load_mixed(self.sources, format, self.skip, keep)
         name = self.sources[0].path
         train, validation = holdout(rows, self.share, seed=0, name=name)
         if split in ("train", "align"):

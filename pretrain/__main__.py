@@ -105,7 +105,7 @@ def make_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTr
         UserError: the checkpoint's table has no room for the tokenizer.
     """
     if config.model_name_or_path:
-        model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path)
+        model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, dtype=torch.float32)
         if model.config.vocab_size < len(tokenizer):
             raise UserError(
                 f"{config.model_name_or_path} has {model.config.vocab_size} tokens, the tokenizer "

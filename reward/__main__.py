@@ -135,7 +135,9 @@ def build_scorer(
         question = [{"role": "user", "content": "ask"}]
         asked, opened = (render(tokenizer, [question], ask=ask)[0] for ask in (False, True))
         return logprob_scorer(str(parent), opened[len(asked) :])
-    return AutoModelForSequenceClassification.from_pretrained(parent, num_labels=1)
+    return AutoModelForSequenceClassification.from_pretrained(
+        parent, num_labels=1, dtype=torch.float32
+    )
 
 
 def read_pairs(folder: Path, split: str) -> Dataset:

@@ -144,7 +144,7 @@ def open_rankings(config: RankingConfig, task: Task, folder: Path) -> StageOutpu
 
 def sampler(config: RankingConfig, device: torch.device) -> Callable[..., list[list[str]]]:
     """Prompts and a seed -> `samples_per_prompt` answers each, at temperature 1."""
-    policy: Any = AutoModelForCausalLM.from_pretrained(config.policy)
+    policy: Any = AutoModelForCausalLM.from_pretrained(config.policy, dtype=torch.float32)
     return partial(
         generate_answers,
         policy.to(device),

@@ -9,9 +9,12 @@ them with `reward_weights` (rlhf/rewards.py). On Arden `--reward judge` takes th
 instead, to see what a perfect reward would do.
 """
 
+import math
+import statistics
 import sys
 from typing import Any
 
+import torch
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -22,7 +25,8 @@ import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import MetricsFile
 from common.batches import Chat
 from common.config import parse_config, run
-from common.generation import generate_answers
+from common.errors import UserError
+from common.generation import draw_chats, generate_answers
 from common.pretraining_text import PretrainingText
 from common.sharded import whole_model
 from common.stage import (
@@ -40,7 +44,13 @@ from rlhf.critic import plain_policy
 from rlhf.invariants import BrokenInvariant
 from rlhf.measure import measure, measure_best_of
 from rlhf.methods import build_trainer
-from rlhf.rewards import hash_function, is_function, score_answers, weigh
+from rlhf.rewards import (
+    further_columns,
+    hash_function,
+    is_function,
+    score_answers,
+    weigh,
+)
 
 
 def main() -> None:
@@ -63,22 +73,32 @@ def main() -> None:
     tokenizer = load_tokenizer(stage.parent)
     rewards = load_rewards(config, stage.task, stage.parent, tokenizer, args.device)
     weights = weigh(config.reward_names, args.reward_weights)
-    policy = AutoModelForCausalLM.from_pretrained(stage.parent).to(args.device)
+    policy = AutoModelForCausalLM.from_pretrained(stage.parent, dtype=torch.float32).to(args.device)
     if args.ptx_coef:  # refused now, if it is not the policy's text, and not after measuring
         context = policy.config.max_position_embeddings
         PretrainingText(args.ptx_data, args.ptx_windows, context, args.seed, tokenizer)
+    prompts = align_prompts(stage.task, stage.parent, tokenizer, config, "align", config.prompts)
+    measured = align_prompts(
+        stage.task, stage.parent, tokenizer, config, config.evaluate_on, config.eval_prompts
+    )
+    rows = [*prompts, *measured]
+
+    def score(chats: list[Chat]) -> list[float]:
+        return score_answers(rewards, weights, tokenizer, chats, **further_columns(rows, chats))
+
+    # the scale of scores is of prompts to train on: what is measured on is not looked at
+    asked = list(prompts.shuffle(seed=0)["prompt"])[: config.eval_prompts]
+    scores = score(draw_chats(policy, tokenizer, asked, config.max_new_tokens))
+    known = [score for score in scores if not math.isnan(score)]
+    if not known:
+        raise UserError(f"reward ({', '.join(config.reward)}) has no number for any answer")
     with args.main_process_first():
         if args.process_index == 0:
             stage.output.start()
-
-    def score(chats: list[Chat]) -> list[float]:
-        return score_answers(rewards, weights, tokenizer, chats)
-
+    std = statistics.pstdev(known) if folders else None  # a function's scale is its author's
+    args.scale_scores(statistics.fmean(known), std)
     before = measure(policy, policy, score, tokenizer, stage, config)
-    mean, std = before.pop("score_mean"), before.pop("score_std")
-    args.scale_scores(mean, std if folders else None)  # a function's scale is its author's
     evaluates = args.eval_strategy != "no"
-    prompts = align_prompts(stage.task, stage.parent, tokenizer, config, "align", config.prompts)
     if args.process_index == 0:
         room = f"{config.max_new_tokens} tokens of answer"
         print(f"rlhf: {len(prompts):,} prompts leave room for {room}")
@@ -114,6 +134,7 @@ def main() -> None:
     summary |= {"kl": after["kl"], "train_seconds": seconds}
     questions, longest = stage.task.sample_questions(), config.max_new_tokens
     samples = write_samples(policy, model, tokenizer, questions, longest)
+    model.generation_config = policy.generation_config  # as it came, for whoever samples it next
     stage.output.finish(model, tokenizer, summary, samples)
     print_figures("rlhf", summary)
 

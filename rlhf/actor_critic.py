@@ -39,6 +39,7 @@ from rlhf.critic import (
     read_completions,
 )
 from rlhf.prompts import check_inputs
+from rlhf.rewards import weigh
 from rlhf.sampling import sample_fast
 from rlhf.score import RewardFunc, TokenScorer, as_function, turn_suffix
 
@@ -99,15 +100,22 @@ class ActorCriticTrainer(RLOOTrainer):
             )
             self.ptx.require_one_each(self.accelerator, args.gradient_accumulation_steps)
         sample_fast(self, args.graph_decoding)
-        self._add_critic(next((f for f in scorers if isinstance(f, TokenScorer)), None))
+        weights = weigh(funcs, args.reward_weights)
+        pairs = zip(scorers, weights, strict=True)
+        models = [(f, w) for f, w in pairs if isinstance(f, TokenScorer) and w]
+        self._add_critic(*models[0] if models else (None, 1.0))
 
-    def _add_critic(self, scorer: TokenScorer | None) -> None:
-        """Build the critic and hang it on the policy, which from here on gives values too."""
+    def _add_critic(self, scorer: TokenScorer | None, weight: float) -> None:
+        """Build the critic and hang it on the policy, which from here on gives values too.
+
+        It starts from a reward model that is trained on, as that one is weighted: (w s - m) / d.
+        """
         disable_dropout(self.model)
         if self.ref_model is not None:
             disable_dropout(self.ref_model)
         check_plain_logits(self.model)
-        args, reward_model, mean = self.args, None, self.args.score_mean
+        args, reward_model = self.args, None
+        mean, std = (value / weight for value in args.score_scale)
         if scorer is not None:
             reward_model, mean = scorer.model, mean + scorer.offset
         critic: Critic | ValueHead
@@ -115,8 +123,7 @@ class ActorCriticTrainer(RLOOTrainer):
             hidden_size = language_model(self.model).get_output_embeddings().weight.shape[1]
             critic = ValueHead(hidden_size)
         else:
-            scale = mean, args.score_std
-            critic = build_critic(self.model, reward_model, args.critic_head, *scale)
+            critic = build_critic(self.model, reward_model, args.critic_head, mean, std)
         read_completions(self.model, self.temperature, critic.to(args.device))
         if self.ref_model is not None:
             read_completions(self.accelerator.unwrap_model(self.ref_model), self.temperature)

@@ -55,6 +55,10 @@ class AlignConfig(DataConfig):
     eval_prompts: int = field(
         default=400, metadata={"help": "questions to measure score and KL on"}
     )
+    keep_columns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "columns of one's own data that reward functions get by name, as text"},
+    )
     best_of: int = field(
         default=0,
         metadata={"help": "measure also the rewards' choice among so many answers; 0: do not"},
@@ -114,7 +118,7 @@ def load_rewards(
         return rewards
     ensemble = Ensemble(rewards, config.disagreement_penalty, [0.0] * len(rewards))
     rows = align_prompts(task, parent, tokenizer, config, "align", config.eval_prompts)
-    policy: Any = AutoModelForCausalLM.from_pretrained(parent)
+    policy: Any = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
     chats = draw_chats(policy.to(device), tokenizer, list(rows["prompt"]), config.max_new_tokens)
     ensemble.centre(tokenizer, chats)
     return [ensemble]

@@ -7,10 +7,10 @@ beat at the same KL.
 """
 
 import math
-import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
@@ -25,7 +25,7 @@ from rlhf.align import AlignConfig, load_rewards
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
 from rlhf.measure import SHORT_NAMES, gold, measured_prompts
-from rlhf.rewards import score_answers, weigh
+from rlhf.rewards import mean_score, score_answers, weigh
 
 
 @dataclass
@@ -65,7 +65,7 @@ def main() -> None:
     rewards = load_rewards(config, task, parent, tokenizer, args.device)
     weights = weigh(config.reward_names, args.reward_weights)
     chooser = Chooser(
-        AutoModelForCausalLM.from_pretrained(parent).to(args.device),
+        AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32).to(args.device),
         tokenizer,
         lambda chats: score_answers(rewards, weights, tokenizer, chats),
         max(best_of.n),
@@ -82,7 +82,7 @@ def main() -> None:
         measured = task.measure(answer, config.evaluate_on, best_of.questions)
         figures = {SHORT_NAMES.get(name, name): value for name, value in measured.items()}
         chosen = chooser.best(prompts, n)
-        figures["score"] = statistics.fmean(score for _, score in chosen)
+        figures["score"] = mean_score([score for _, score in chosen])
         if isinstance(task, ArdenTask):
             chats = [answered(p, text) for p, (text, _) in zip(prompts, chosen, strict=True)]
             figures["gold_drawn"] = gold(task, chats)

@@ -1,6 +1,7 @@
 """Draws answers from a model and lets a reward choose among them."""
 
 import json
+import math
 from typing import Any
 
 from common.batches import Chat
@@ -24,7 +25,7 @@ class Chooser:
         chosen = []
         for question in questions:
             answers, scores = self.all_of(question)
-            place = max(range(n), key=lambda i: scores[i])
+            place = max(range(n), key=lambda i: -math.inf if math.isnan(scores[i]) else scores[i])
             chosen.append((answers[place], scores[place]))
         return chosen
 

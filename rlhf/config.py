@@ -46,12 +46,13 @@ class PPOConfig(RLOOConfig):
         default="copy",
         metadata={"help": "Value head at the start: the reward model's ('copy') or zeros."},
     )
-    score_mean: float = field(
-        default=0.0, metadata={"help": "Subtracted from scores; 0: the stage takes their mean."}
+    score_mean: float | None = field(
+        default=None,
+        metadata={"help": "Subtracted from scores; unset: their mean at first."},
     )
-    score_std: float = field(
-        default=1.0,
-        metadata={"help": "Scores are divided by it; 1: the stage takes a model's deviation."},
+    score_std: float | None = field(
+        default=None,
+        metadata={"help": "Scores are divided by it; unset: the stage takes a model's deviation."},
     )
     missing_eos_penalty: float = field(
         default=1.0,
@@ -151,17 +152,24 @@ class PPOConfig(RLOOConfig):
 
         Less their mean, so that a critic from zero is right at first, on average.
         """
-        if self.score_mean == 0.0:
-            self.score_mean = mean
-        if std and self.score_std == 1.0:
-            self.score_std = std
+        self.score_mean = mean if self.score_mean is None else self.score_mean
+        self.score_std = (std or None) if self.score_std is None else self.score_std
+
+    @property
+    def score_scale(self) -> tuple[float, float]:
+        """What is subtracted from a score, and what it is then divided by."""
+        return self.score_mean or 0.0, 1.0 if self.score_std is None else self.score_std
 
     def _check(self) -> None:
         """Refuse what PPO cannot honour."""
         counts = "num_mini_batches", "num_ppo_epochs", "num_generations", "kl_horizon"
-        for name in (*counts, "score_std", "ptx_windows"):
+        optional = ("score_std", "num_updates", "critic_learning_rate", "max_completion_length")
+        given = [name for name in optional if getattr(self, name) is not None]
+        for name in (*counts, "ptx_windows", "temperature", "clip_range", *given):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} ({getattr(self, name)}) must be above 0")
+        if self.beta < 0:
+            raise UserError(f"beta ({self.beta:g}) must not be below 0: it would pay for distance")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} ({getattr(self, name)}) must be between 0 and 1")

@@ -40,7 +40,9 @@ class Critic(nn.Module):
     def forward(self, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Tensor:
         """Values of the masked tokens, (N,) float32 in row-major order."""
         states = token_states(self.model.base_model, input_ids, prompt_lengths, mask)
-        return (self.model.score(states)[:, 0].float() - self.score_mean) / self.score_std
+        with torch.autocast(states.device.type, enabled=False):
+            scores = self.model.score(states.float())[:, 0]
+        return (scores - self.score_mean) / self.score_std
 
     def save(self, folder: Path, write: bool) -> None:
         """A standard sequence-classification model; every process calls, one of them writes."""
@@ -67,7 +69,8 @@ class ValueHead(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Values of the states (N, H) before the masked tokens, (N,) float32."""
-        return self.score(states.float())[:, 0].float()
+        with torch.autocast(states.device.type, enabled=False):
+            return self.score(states.float())[:, 0]
 
     def save(self, folder: Path, write: bool) -> None:
         """The head; every process calls, one of them writes."""

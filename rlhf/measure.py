@@ -14,6 +14,7 @@ from common.stage import Stage
 from common.tasks import Task
 from rlhf.align import AlignConfig, align_prompts
 from rlhf.chooser import Chooser
+from rlhf.rewards import mean_score
 
 # Before and after are compared by these, so their names are short.
 SHORT_NAMES = {
@@ -53,7 +54,7 @@ def measure_best_of(
     prompts = measured_prompts(stage.task, stage.parent, tokenizer, config)
     chooser = Chooser(model, tokenizer, score, n, config.max_new_tokens)
     best = chooser.best(prompts, n)
-    figures = {f"score_best_of_{n}": statistics.fmean(value for _, value in best)}
+    figures = {f"score_best_of_{n}": mean_score([value for _, value in best])}
     if isinstance(stage.task, ArdenTask):
         chats = [answered(prompt, text) for prompt, (text, _) in zip(prompts, best, strict=True)]
         figures[f"gold_best_of_{n}"] = gold(stage.task, chats)
@@ -72,8 +73,8 @@ def measure(
 
     Returns:
         the task's figures, of greedy answers and (`<name>_sampled`) of answers drawn at
-        temperature 1; `kl` (nats an answer, to the reference), `score` and, of the drawn answers'
-        scores, `score_mean` and `score_std`; on Arden `gold_drawn`, the judge's score of the same.
+        temperature 1; `kl` (nats an answer, to the reference) and `score` of the drawn answers; on
+        Arden `gold_drawn`, the judge's score of the same.
     """
 
     def answer_at(temperature: float) -> Callable[[list[str]], list[str]]:
@@ -102,7 +103,5 @@ def measure(
         answer_logprobs(one, tokenizer, chats, config.max_new_tokens) for one in (model, reference)
     )
     figures["kl"] = statistics.fmean(ours) - statistics.fmean(theirs)
-    scores = score(chats)
-    figures |= {"score": statistics.fmean(scores), "score_mean": statistics.fmean(scores)}
-    figures["score_std"] = statistics.pstdev(scores)
+    figures["score"] = mean_score(score(chats))
     return figures

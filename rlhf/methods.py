@@ -13,8 +13,10 @@ completions. An answer that was cut off passes for a finished one there.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -24,7 +26,8 @@ from common.batches import Chat
 from common.errors import UserError
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
-from rlhf.rewards import score_answers, weigh
+from rlhf.prompts import epoch_sampler
+from rlhf.rewards import further_columns, score_answers, weigh
 from rlhf.sampling import sample_fast
 from rlhf.score import as_function, turn_suffix
 from rlhf.trainer import PPOTrainer
@@ -58,7 +61,8 @@ def build_trainer(method: str, rewards: list[Any], args: PPOConfig, **rest: Any)
     """The trainer of a method, on rewards as PPO sees them.
 
     PPO divides scores by `score_std` and takes `missing_eos_penalty` off what was cut off; here
-    weights do both. Its shift by `score_mean` has no effect under a baseline of the prompt's own.
+    weights do both. Its shift by `score_mean` has no effect under a baseline of the prompt's own,
+    and for want of it nothing is clipped: that would be around 0 and not around the mean.
 
     Args:
         method: one of `METHODS`.
@@ -75,7 +79,7 @@ def build_trainer(method: str, rewards: list[Any], args: PPOConfig, **rest: Any)
     if method == "dpo":
         return build_dpo(rewards, args, **rest)
     tokenizer = rest["processing_class"]
-    weights = [w / args.score_std for w in weigh(rewards, args.reward_weights)]
+    weights = [w / args.score_scale[1] for w in weigh(rewards, args.reward_weights)]
     batch_size, device = args.per_device_train_batch_size, args.device
     conversational = is_conversational(rest["train_dataset"][0])
     suffix = turn_suffix(tokenizer) if conversational else []
@@ -84,7 +88,9 @@ def build_trainer(method: str, rewards: list[Any], args: PPOConfig, **rest: Any)
     trainer_class: Any = RLOOTrainer if method == "rloo" else GRPOTrainer
     config: Any = trl_config(args, RLOOConfig if method == "rloo" else GRPOConfig)
     config.reward_weights = [*weights, args.missing_eos_penalty]
+    config.reward_clip_range = None
     trainer = trainer_class(reward_funcs=functions, args=config, **rest)
+    trainer._get_train_sampler = partial(epoch_sampler, trainer)
     sample_fast(trainer, args.graph_decoding)
     return trainer
 
@@ -96,11 +102,13 @@ def build_dpo(
     if eval_dataset is not None:
         raise UserError(f"eval_strategy ({args.eval_strategy}) needs rollouts: leave it out of dpo")
     tokenizer, weights = rest["processing_class"], weigh(rewards, args.reward_weights)
-    policy: Any = AutoModelForCausalLM.from_pretrained(rest["model"])
+    policy: Any = AutoModelForCausalLM.from_pretrained(rest["model"], dtype=torch.float32)
     chooser = Chooser(
         policy.to(args.device),
         tokenizer,
-        lambda chats: score_answers(rewards, weights, tokenizer, chats),
+        lambda chats: score_answers(
+            rewards, weights, tokenizer, chats, **further_columns(train_dataset, chats)
+        ),
         GENERATIONS if args.num_generations == 1 else args.num_generations,
         int(args.max_completion_length or 0),
     )

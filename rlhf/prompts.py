@@ -25,6 +25,20 @@ class EpochSampler(RepeatSampler):
         return super().__iter__()
 
 
+def epoch_sampler(trainer: Any, dataset: Dataset | None = None) -> EpochSampler:
+    """TRL's sampler, shuffled anew from (seed, epoch), so that a resumed run sees the same."""
+    args = trainer.args
+    return EpochSampler(
+        data_source=trainer.train_dataset if dataset is None else dataset,
+        mini_repeat_count=trainer.num_generations,
+        batch_size=args.generation_batch_size // trainer.num_generations,
+        repeat_count=args.num_iterations * args.steps_per_generation,
+        shuffle=trainer.shuffle_dataset,
+        seed=args.seed,
+        epoch=lambda: int(trainer.state.epoch or 0),
+    )
+
+
 def check_inputs(
     path: str,
     args: PPOConfig,

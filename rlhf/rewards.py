@@ -11,11 +11,17 @@ measure: logged, never trained on. With `disagreement_penalty` several reward mo
 (rlhf/ensemble.py).
 """
 
+import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
+import json
+import math
+import statistics
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -64,17 +70,51 @@ def load_function(name: str) -> Callable[..., list[float | None]]:
     """
     place, _, function = name.rpartition(":")
     spec: Any = find_module(name)
-    if place.endswith(".py"):
-        module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(spec.name, module)
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(place)
+    with one_line(name):
+        if place.endswith(".py"):
+            module = importlib.util.module_from_spec(spec)
+            sys.modules.setdefault(spec.name, module)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
     found = getattr(module, function, None)
     if not callable(found):
         near = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
         raise UserError(f"reward ({name}): {place} has no function {function}, but {near}")
-    return found
+    return checked(name, found)
+
+
+@contextlib.contextmanager
+def one_line(name: str) -> Iterator[None]:
+    """What goes wrong in the code of the reward `name`, with its place, as a `UserError`."""
+    try:
+        yield
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"reward ({name}) fails at {place.filename}, line {place.lineno}: {said}"
+        ) from error
+
+
+def checked(name: str, function: Callable[..., Any]) -> Callable[..., list[float | None]]:
+    """The function, its scores looked at: one finite number, or None, for each completion."""
+
+    @functools.wraps(function)
+    def score(completions: list[Any], **columns: Any) -> list[float | None]:
+        with one_line(name):
+            found = list(function(completions=completions, **columns))
+            scores = [None if value is None else float(value) for value in found]
+        wrong = [value for value in scores if value is not None and not math.isfinite(value)]
+        if wrong or len(scores) != len(completions):
+            said = f"{wrong[0]}" if wrong else f"{len(scores)} scores"
+            raise UserError(
+                f"reward ({name}) gives {said} for {len(completions)} completions: expected a "
+                "finite number, or None, for each"
+            )
+        return scores
+
+    return score
 
 
 def hash_function(name: str) -> str:
@@ -104,10 +144,18 @@ def score_answers(
     weights: Sequence[float],
     tokenizer: PreTrainedTokenizerBase,
     chats: list[Chat],
+    **rest: list[Any],
 ) -> list[float]:
     """The weighted sum of the rewards of each conversation's last message, ended by EOS.
 
-    A function's None counts as 0, as in training.
+    Args:
+        rewards, weights: what is summed; a function's None counts as 0.
+        tokenizer: the policy's.
+        chats: conversations that end in an answer.
+        rest: further columns of the data for functions, an entry a conversation.
+
+    Returns:
+        the sums; NaN where no reward has a number, as training leaves such a completion out.
     """
     asked = render(tokenizer, [chat[:-1] for chat in chats], ask=True)
     whole = render(tokenizer, chats)
@@ -118,8 +166,8 @@ def score_answers(
         "trainer_state": None,
         "log_extra": lambda column, values: None,
         "log_metric": lambda name, value: None,
-    }
-    totals = [0.0] * len(chats)
+    } | rest
+    totals, scored = [0.0] * len(chats), [False] * len(chats)
     for reward, weight in zip(rewards, weights, strict=True):
         if isinstance(reward, PreTrainedModel):
             scores: Sequence[float | None] = score_chats(reward, tokenizer, chats)
@@ -128,4 +176,19 @@ def score_answers(
         else:
             scores = reward(**columns)
         totals = [t + weight * (s or 0.0) for t, s in zip(totals, scores, strict=True)]
-    return totals
+        scored = [known or s is not None for known, s in zip(scored, scores, strict=True)]
+    return [t if known else math.nan for t, known in zip(totals, scored, strict=True)]
+
+
+def further_columns(rows: Iterable[dict[str, Any]], chats: list[Chat]) -> dict[str, list[Any]]:
+    """The rows' columns beside `prompt` by the prompts that the chats answer; None for others."""
+    by_prompt = {json.dumps(row["prompt"]): row for row in rows}
+    asked = [by_prompt.get(json.dumps(chat[:-1]), {}) for chat in chats]
+    names = {name for row in by_prompt.values() for name in row} - {"prompt"}
+    return {name: [row.get(name) for row in asked] for name in sorted(names)}
+
+
+def mean_score(scores: list[float]) -> float:
+    """Of those that have a number; NaN if none has."""
+    known = [score for score in scores if not math.isnan(score)]
+    return statistics.fmean(known) if known else math.nan

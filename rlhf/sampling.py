@@ -9,19 +9,21 @@ from torch import Tensor
 
 from common.decoding import sample_unended
 from common.device import has_bf16
+from common.generation import plain_sampling
 from common.graph_decoding import GraphSampler
 from common.sharded import SHARDED
 from rlhf.critic import plain_policy, take_weights
 
 
 def sample_fast(trainer: Any, graph: bool) -> None:
-    """Let a trainer's policy sample by `sample_unended`, or by a graph.
+    """Let a trainer's policy sample by its own probabilities, by `sample_unended` or a graph.
 
-    Not where processes share its weights: all must take each forward pass there, so none ends
-    before the others.
+    By neither where processes share its weights: there all must take each forward pass, so none
+    ends before the others.
     """
+    policy = trainer.model
+    policy.generation_config = plain_sampling(policy.generation_config)
     if trainer.accelerator.distributed_type not in SHARDED:
-        policy = trainer.model
         sample = graph_sampler(policy) if graph else sample_unended
         policy.generate = partial(policy.generate, custom_generate=sample)
 

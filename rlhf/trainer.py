@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from common.errors import UserError
 from rlhf.actor_critic import ActorCriticTrainer
 from rlhf.advantage import (
     gae,
@@ -28,7 +29,7 @@ from rlhf.advantage import (
 from rlhf.callbacks import update_callbacks
 from rlhf.invariants import check_same_policy, check_score_position
 from rlhf.loss import policy_loss, policy_stats, value_loss
-from rlhf.prompts import EpochSampler
+from rlhf.prompts import EpochSampler, epoch_sampler
 from rlhf.rollout import Rollout, join, plan_micro_batches
 
 
@@ -61,16 +62,7 @@ class PPOTrainer(ActorCriticTrainer):
     # Rollout
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
-        """TRL's sampler, shuffled anew from (seed, epoch), so that a resumed run sees the same."""
-        return EpochSampler(
-            data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=self.num_generations,
-            batch_size=self.args.generation_batch_size // self.num_generations,
-            repeat_count=self.args.micro_steps_per_update,
-            shuffle=self.shuffle_dataset,
-            seed=self.args.seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
+        return epoch_sampler(self, dataset)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """The next micro-batch; at the start of an update, from a new rollout."""
@@ -156,10 +148,11 @@ class PPOTrainer(ActorCriticTrainer):
         args, rows = self.args, len(finished)
         weighted = (rewards_per_func * self.reward_weights.to(rewards_per_func)).nansum(1)
         scorable = ~rewards_per_func.isnan().all(1)  # all processes' rows, like the rewards
+        if not scorable.any():
+            raise UserError(f"{self._where()}: no reward has a number for any of its answers")
         mine = slice(self.accelerator.process_index * rows, None)
-        scores = normalise_scores(
-            weighted[mine][:rows], args.score_mean, args.score_std, args.reward_clip_range
-        )
+        mean, std = args.score_scale
+        scores = normalise_scores(weighted[mine][:rows], mean, std, args.reward_clip_range)
         scores = scores - args.missing_eos_penalty * ~finished
         rollout.train_mask &= scorable[mine][:rows, None]
         if args.mask_truncated_completions:
@@ -167,7 +160,7 @@ class PPOTrainer(ActorCriticTrainer):
         rollout.advantages = token_rewards(
             scores, rollout.logprobs, rollout.ref_logprobs, rollout.completion_mask, self.beta
         )
-        self._log_rollout(rollout, finished)
+        self._log_rollout(rollout, finished, scorable[mine][:rows])
         lengths = self.accelerator.gather(rollout.completion_mask.sum(1)).float()
         self._log_scores(rewards_per_func, weighted[scorable], lengths[scorable])
         return scores
@@ -266,22 +259,28 @@ class PPOTrainer(ActorCriticTrainer):
 
     # Logs
 
-    def _log_rollout(self, rollout: Rollout, finished: Tensor) -> None:
-        """Means per completion (kl, reward, length, eos_rate) and per token (entropy)."""
+    def _log_rollout(self, rollout: Rollout, finished: Tensor, scorable: Tensor) -> None:
+        """Means per completion (kl, length, eos_rate), scorable one (reward) and token (entropy)."""
         mask = rollout.completion_mask
-        kl = ((rollout.logprobs - rollout.ref_logprobs) * mask).sum()
-        tokens, reward = mask.sum(), rollout.advantages.sum()
-        local = [kl, reward, tokens, finished.sum(), (rollout.entropy * mask).sum(), tokens]
-        counts = mask.new_tensor([len(mask)], dtype=torch.float32)
-        sums = torch.cat([torch.stack([x.float() for x in local]), counts])
-        *sums, count = self.accelerator.reduce(sums, "sum").tolist()
+        sums = {
+            "kl": ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(),
+            "length": mask.sum(),
+            "eos_rate": finished.sum(),
+            "reward": rollout.advantages[scorable].sum(),
+            "entropy": (rollout.entropy * mask).sum(),
+            "scorable": scorable.sum(),
+            "completions": mask.new_tensor(len(mask), dtype=torch.float32),
+        }
+        totals = self.accelerator.reduce(torch.stack([x.float() for x in sums.values()]), "sum")
+        total = dict(zip(sums, totals.tolist(), strict=True))
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, total in zip(("kl", "reward", "length", "eos_rate"), sums, strict=False):
+        for name in ("kl", "length", "eos_rate"):
             if name != "kl" or self.beta != 0.0:  # without a reference there is no KL to tell
-                metrics[name].append(total / count)
+                metrics[name].append(total[name] / total["completions"])
         if self.model.training:
-            self.rollout_kl = sums[0] / count
-        metrics["entropy"].append(sums[4] / max(sums[5], 1))
+            self.rollout_kl = total["kl"] / total["completions"]
+        metrics["reward"].append(total["reward"] / total["scorable"])
+        metrics["entropy"].append(total["entropy"] / max(total["length"], 1))
 
     def _log_scores(self, rewards_per_func: Tensor, scores: Tensor, lengths: Tensor) -> None:
         """Raw scores, before normalisation and penalties: weighted sum and each function's mean.

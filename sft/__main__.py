@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -100,7 +101,7 @@ def main() -> None:
         return
     tokenizer = load_tokenizer(stage.parent)
     check_template(tokenizer)
-    base = AutoModelForCausalLM.from_pretrained(stage.parent)
+    base = AutoModelForCausalLM.from_pretrained(stage.parent, dtype=torch.float32)
     if config.role_tokens_like:
         start_role_tokens(base, tokenizer, config.role_tokens_like)
     trainer_class: Any = SFTTrainer

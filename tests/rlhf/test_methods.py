@@ -123,6 +123,53 @@ def test_rewards_weigh_what_they_weigh_in_ppo(
         build_trainer("grpo", [count_w5], config(tmp_path, kl_budget=2.0))
 
 
+def test_scores_far_from_zero_are_learned_from(tmp_path: Path, policy_path: str) -> None:
+    """Broken once: RLOO's rewards clipped around 0, where all of 30 and more were alike."""
+
+    def far(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [30 + 5 * share for share in count_w5(completion_ids)]
+
+    trainer: Any = build_trainer(
+        "rloo",
+        [far],
+        config(tmp_path, num_updates=1, missing_eos_penalty=0.0, beta=0.0),
+        model=policy_path,
+        train_dataset=prompts(32),
+        processing_class=build_tokenizer(16),
+    )
+    before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
+    trainer.train()
+    after = trainer.model.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_resumed_in_a_later_epoch_sees_the_same_prompts(
+    tmp_path: Path, policy_path: str, method: str
+) -> None:
+    """Two updates an epoch, resumed in the second. Broken once: TRL's own order of prompts."""
+
+    def build() -> Any:
+        args = config(tmp_path, num_updates=4, save_strategy="steps", save_total_limit=None)
+        args.save_steps = args.steps_per_update
+        return build_trainer(
+            method,
+            [count_w5],
+            args,
+            model=policy_path,
+            train_dataset=prompts(8),
+            processing_class=build_tokenizer(16),
+        )
+
+    whole, resumed = build(), build()
+    whole.train()
+    folders = sorted(tmp_path.rglob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    resumed.train(resume_from_checkpoint=str(folders[2]))
+    assert len(folders) == 4 and whole.state.epoch > 1
+    for name, p in whole.model.state_dict().items():
+        assert torch.equal(p, resumed.model.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("conversational", [True, False])
 def test_reward_model_scores_the_same_tokens_under_trl(
     reward_path: str, conversational: bool

@@ -16,7 +16,13 @@ from common.errors import UserError
 from common.stage import open_stage
 from rlhf.align import AlignConfig
 from rlhf.config import PPOConfig
-from rlhf.rewards import hash_function, is_function, load_function, score_answers
+from rlhf.rewards import (
+    further_columns,
+    hash_function,
+    is_function,
+    load_function,
+    score_answers,
+)
 from rlhf.trainer import PPOTrainer
 
 Build = Callable[..., PPOTrainer]
@@ -31,17 +37,51 @@ def test_names() -> None:
 def test_function_of_a_file_and_of_a_module(tmp_path: Path) -> None:
     """Broken once: module found by the file's stem alone."""
     file = tmp_path / "mine.py"
-    file.write_text(
-        "def brief(completion_ids, **_):\n    return [-len(c) for c in completion_ids]\n"
-    )
-    assert load_function(f"{file}:brief")(completion_ids=[[1, 2], [3]]) == [-2, -1]
-    assert load_function("math:sqrt")(9.0) == 3.0
+    file.write_text("def brief(completions, **_):\n    return [-len(c) for c in completions]\n")
+    assert load_function(f"{file}:brief")(completions=[[1, 2], [3]]) == [-2, -1]
+    (tmp_path / "wrong.py").write_text("def brief(:\n")
+    with pytest.raises(UserError, match=r"reward \(.*wrong.py:brief\) fails at .*: SyntaxError"):
+        load_function(f"{tmp_path / 'wrong.py'}:brief")
     with pytest.raises(UserError, match=r"no function long, but \['brief'\]"):
         load_function(f"{file}:long")
     with pytest.raises(UserError, match=r"there is no file nowhere.py"):
         load_function("nowhere.py:brief")
     with pytest.raises(UserError, match="no module nowhere"):
         load_function("nowhere.rewards:brief")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1.0]", "gives 1 scores for 2 completions: expected a finite number, or None"),
+        ("return [1.0, float('nan')]", "gives nan for 2 completions"),
+        ("return [1.0, float('inf')]", "gives inf for 2 completions"),
+        ("return 3", r"fails at .*rewards.py, line \d+: TypeError: 'int' object is not iterable"),
+        ("return ['a', 'b']", "ValueError: could not convert string to float"),
+        ("return 1 / 0", r"fails at .*mine.py, line 2: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_what_a_function_gives_is_looked_at(tmp_path: Path, body: str, message: str) -> None:
+    """Broken once: NaN passed for None, so that nothing was trained on and nothing said."""
+    file = tmp_path / "mine.py"
+    file.write_text(f"def mine(completions, **_):\n    {body}\n")
+    with pytest.raises(UserError, match=message):
+        load_function(f"{file}:mine")(completions=["a", "b"], prompts=["c", "d"])
+
+
+def test_nobody_to_score_stops_the_run(build: Build) -> None:
+    """Broken once: a loss of 0 for as long as it took."""
+    trainer = build(reward_funcs=lambda completions, **_: [None] * len(completions))
+    with pytest.raises(UserError, match="update 1, process 0: no reward has a number"):
+        trainer.train()
+
+
+def test_functions_get_the_columns_of_the_prompts() -> None:
+    """Broken once: only prompts were kept, so a reward could not see the right answer."""
+    asked = [[{"role": "user", "content": text}] for text in ("a", "b")]
+    rows = [{"prompt": asked[0], "answer": "1"}, {"prompt": asked[1], "answer": "2"}]
+    chats = [[*asked[i], {"role": "assistant", "content": "x"}] for i in (1, 0, 1)]
+    assert further_columns(rows, chats) == {"answer": ["2", "1", "2"]}
 
 
 def test_a_changed_function_is_another_run(tmp_path: Path, policy_path: str) -> None:
@@ -158,6 +198,7 @@ def test_the_checkpoint_kept_is_the_best_by_a_held_out_measure(
         ({}, None, (0.7, 1.0)),  # functions alone
         ({}, 0.0, (0.7, 1.0)),  # all scores alike
         ({"score_mean": -3.0, "score_std": 5.0}, 2.0, (-3.0, 5.0)),
+        ({"score_mean": 0.0, "score_std": 1.0}, 2.0, (0.0, 1.0)),
     ],
 )
 def test_a_scale_that_was_given_stays(
@@ -166,4 +207,4 @@ def test_a_scale_that_was_given_stays(
     """Broken once: the measured mean whatever was given."""
     args = PPOConfig(str(tmp_path), use_cpu=True, **given)
     args.scale_scores(0.7, std)
-    assert (args.score_mean, args.score_std) == mean_and_std
+    assert args.score_scale == mean_and_std

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_config, build_tokenizer, count_w5, prompts
+from conftest import (
+    build_config,
+    build_tokenizer,
+    count_w5,
+    prompts,
+    save_policy,
+    save_reward_model,
+)
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +25,8 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer
 
 from common.errors import UserError
+from common.generation import generate_answers
+from common.stage import train_or_resume
 from rlhf.config import PPOConfig
 from rlhf.score import TokenScorer, turn_suffix
 from rlhf.trainer import PPOTrainer
@@ -202,6 +211,47 @@ def test_critic_starts_as_the_reward_model(build: Build, reward_path: str) -> No
     assert not without.model(**where)[2].any()
 
 
+def test_critic_starts_as_the_weighted_reward_that_is_trained_on(
+    build: Build, reward_path: str, tmp_path: Path
+) -> None:
+    """A held-out model (weight 0) comes first. Broken once: the first model, at weight 1."""
+    held_out = save_reward_model(tmp_path / "held_out", seed=7)
+    trainer = build(
+        reward_funcs=[held_out, reward_path],
+        reward_weights=[0.0, -3.0],
+        score_mean=0.3,
+        score_std=2.0,
+    )
+    ids = torch.tensor([[4, 5, 6, 1]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    where = {"input_ids": ids, "prompt_lengths": torch.tensor([2]), "completion_mask": mask}
+    reward_model = AutoModelForSequenceClassification.from_pretrained(reward_path)
+    score = reward_model(input_ids=ids[:, :3]).logits[0, 0]
+    torch.testing.assert_close(trainer.model(**where)[2][0, 1], (-3 * score - 0.3) / 2.0)
+
+
+def test_a_checkpoints_own_sampling_is_left_out(tmp_path: Path) -> None:
+    """PPO trains the distribution that it samples. Broken once: min_p, a ban on repetition and
+    others went into rollouts, top_p and penalties into what is measured."""
+    path = save_policy(tmp_path / "policy")
+    policy: Any = AutoModelForCausalLM.from_pretrained(path)
+    policy.generation_config.update(do_sample=True, min_p=0.9, top_p=0.01, no_repeat_ngram_size=1)
+    policy.save_pretrained(path)
+    trainer = PPOTrainer(
+        model=path,
+        reward_funcs=count_w5,
+        args=PPOConfig(str(tmp_path / "out"), use_cpu=True, max_completion_length=6),
+        train_dataset=prompts(64),
+    )
+    said = [ids for ids in trainer._generate([f"w{w}" for w in range(4, 16)] * 10)[1]]
+    assert len({ids[0] for ids in said}) > 8
+    assert any(len(set(ids)) < len(ids) for ids in said)
+    answers = generate_answers(
+        policy, build_tokenizer(16), ["w5"], max_new_tokens=1, temperature=1.0, samples=120
+    )
+    assert len(set(answers[0])) > 8 and policy.generation_config.min_p == 0.9
+
+
 def test_resume_is_bit_exact(build: Build, tmp_path: Path, reward_path: str) -> None:
     """From a checkpoint inside an epoch and from one at its end; critic, optimizer, RNG, data.
 
@@ -226,6 +276,27 @@ def test_resume_is_bit_exact(build: Build, tmp_path: Path, reward_path: str) -> 
             assert torch.equal(p, resumed.model.state_dict()[name]), (step, name)
         for ours, theirs in zip(logs(whole), logs(resumed), strict=True):
             assert ours["score"] == theirs["score"]
+
+
+@pytest.mark.parametrize("budget", [None, 1e-9])
+def test_a_run_that_has_ended_takes_no_step(
+    build: Build, tmp_path: Path, budget: float | None
+) -> None:
+    """In the middle of an epoch, by its steps or a budget of KL; a checkpoint cut short is passed
+    over. Broken once: transformers looks for the end after a step, so an update more was taken."""
+    settings = {"num_updates": 3, "save_strategy": "steps", "save_steps": 2, "kl_budget": budget}
+    settings |= {"lr_scheduler_type": "constant", "learning_rate": 1e-2}
+    whole = build(**settings, dataset=prompts(40))
+    train_or_resume(whole, tmp_path / "out")
+    steps = whole.state.global_step
+    assert steps == (6 if budget is None else 4)
+    (tmp_path / "out" / "checkpoint-99").mkdir()
+    (tmp_path / "out" / "checkpoint-99" / "trainer_state.json").write_text('{"epoch": ')
+    again = build(**settings, dataset=prompts(40))
+    seconds = train_or_resume(again, tmp_path / "out")
+    assert again.state.global_step == steps and seconds >= 0
+    for name, p in whole.model.state_dict().items():
+        assert torch.equal(p, again.model.state_dict()[name]), name
 
 
 def test_saved_policy_is_clean(build: Build, tmp_path: Path) -> None:
