@@ -66,20 +66,24 @@ class StageOutput:
     `finished`: the run is there. `replaces`: what is there is another one, which `start` deletes.
 
     A run that stopped before its first checkpoint, say at a row that cannot be read, is in nobody's
-    way: the next one replaces it.
+    way: the next one replaces it. Of any other that is to be replaced everything lies in
+    `replaced/` until the new run is finished.
 
     Raises:
-        UserError: the directory holds a run of another configuration, parent or data.
+        UserError: the directory holds a run of another configuration, parent or data, or files that
+            no run has left there.
     """
 
     def __init__(
         self, path: str, config: dict[str, Any], sources: dict[str, str], overwrite: bool = False
     ) -> None:
+        if not path.strip():
+            raise UserError("output_dir is empty: name a folder of its own for the run")
         self.path = Path(path)
         self.config = config
         identity = {name: value for name, value in config.items() if name not in INCIDENTAL}
         self.manifest = {"config": identity, "sources": sources}
-        old = read_json(self.path / "manifest.json")
+        old = self._read_manifest()
         changed = "" if old is None else _first_difference(old, self.manifest)
         if changed and not overwrite and self._holds_work():
             raise UserError(
@@ -90,13 +94,51 @@ class StageOutput:
         known = old is not None and not changed
         self.finished = known and (self.path / "summary.json").exists()
 
+    def _read_manifest(self) -> dict[str, Any] | None:
+        """Of the run that is there, if any.
+
+        Raises:
+            UserError: it cannot be read, or there are files without one, which are no run's.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output_dir ({self.path}) is a file: name a folder")
+        try:
+            manifest = read_json(self.path / "manifest.json")
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{self.path}/manifest.json is damaged ({error}): give another --output_dir, or "
+                "delete the folder"
+            ) from None
+        if manifest is None and self.path.exists() and (others := self._entries()):
+            raise UserError(
+                f"{self.path} holds {others[0].name}, which no run has left there: give another "
+                "--output_dir, for a run may delete what it finds"
+            )
+        return manifest
+
+    def _entries(self) -> list[Path]:
+        """What is the run's own: what has a manifest, as rankings have, answers for itself."""
+        return [
+            entry
+            for entry in sorted(self.path.iterdir())
+            if not entry.name.startswith(".") and not (entry / "manifest.json").exists()
+        ]
+
     def _clear(self) -> None:
-        """Delete the run; what has a manifest of its own, as rankings have, answers for itself."""
-        for entry in self.path.iterdir():
-            if not entry.is_dir():
-                entry.unlink()
-            elif not (entry / "manifest.json").exists():
+        """Set the old run aside if there is work in it, else delete it."""
+        holds_work, aside = self._holds_work(), self.path / "replaced"
+        entries = self._entries()
+        if holds_work:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            print(f"{self.path}: the run that was there lies in {aside} until this one is finished")
+        for entry in entries:
+            if holds_work:
+                entry.rename(aside / entry.name)
+            elif entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
     def _holds_work(self) -> bool:
         return (self.path / "summary.json").exists() or any(self.checkpoints.glob("*"))
@@ -113,16 +155,23 @@ class StageOutput:
         the end of this process, no other one can start there.
 
         Raises:
-            UserError: another one is at work there.
+            UserError: another one is at work there, or nothing can be written there.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / ".writable").touch()
+            (self.path / ".writable").unlink()
+        except OSError as error:
+            raise UserError(
+                f"output_dir ({self.path}) cannot be written to ({error.strerror}): give another"
+            ) from None
         hold(self.path)
         if self.replaces:
             self._clear()
             self.replaces = False
-        write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
         code = {"commit": _git_commit(), "packages": _package_versions()}
         write_json(self.path / "manifest.json", self.manifest | code)
+        write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
 
     def finish(
         self,
@@ -143,7 +192,12 @@ class StageOutput:
         model_hash = {"model": hash_model(self.path)}
         write_json(self.path / "manifest.json", read_json(self.path / "manifest.json") | model_hash)
         write_json(self.path / "summary.json", summary)
+        self.settle()
         os.close(_held.pop(self.path.resolve()))
+
+    def settle(self) -> None:
+        """The run is finished: the one that it replaced can go."""
+        shutil.rmtree(self.path / "replaced", ignore_errors=True)
 
 
 class MetricsFile(TrainerCallback):
@@ -204,6 +258,34 @@ def require_parent(path: str, command: str) -> Path:
     if not (Path(path) / "config.json").exists():
         raise UserError(f"no finished model in {path}: run `{command}` first")
     return Path(path)
+
+
+def require_apart(output_dir: str, *parents: Path) -> None:
+    """Refuse to write a run into a directory that it reads.
+
+    Raises:
+        UserError: a parent is the output directory.
+    """
+    for parent in parents:
+        if parent.resolve() == Path(output_dir).resolve():
+            raise UserError(
+                f"output_dir ({output_dir}) is a model that the run reads: give another"
+            )
+
+
+def require_kind(path: Path, *, scores: bool) -> None:
+    """Refuse a reward model where a language model is needed, and the other way round.
+
+    Raises:
+        UserError: `path` holds the other kind.
+    """
+    config = read_json(path / "config.json")
+    name = (config.get("architectures") or [""])[0]
+    if ("SequenceClassification" in name or "Reward" in name) != scores:
+        there, needed = "a reward model", "a language model"
+        if scores:
+            there, needed = needed, there
+        raise UserError(f"{path} holds {there} ({name}): {needed} is needed here")
 
 
 def require_same_tokenizer(one: Path, other: Path) -> None:

@@ -29,6 +29,11 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max_new_tokens", type=int, default=100)
     args = parser.parse_args()
+    if args.max_new_tokens < 1 or args.temperature < 0:
+        raise UserError(
+            f"max_new_tokens ({args.max_new_tokens}) must be at least 1, temperature "
+            f"({args.temperature:g}) not below 0"
+        )
     path = find_model(args.profile, args.stage)
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = load_tokenizer(path)
@@ -67,6 +72,8 @@ def _read_line() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError:
+        raise UserError("that line is not UTF-8: set the terminal to UTF-8") from None
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ row as the model will read it. A row that cannot be read ends it with file, row 
 
 import json
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,20 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
+from trl import RewardConfig, SFTConfig
 
 from common.artifacts import require_parent
 from common.config import parse_config, run
 from common.data import opening
 from common.errors import UserError
-from common.lengths import LengthReport, measure_lengths
+from common.lengths import LengthReport, contents, measure_lengths, require_known
 from common.rows import Messages
 from common.stage import open_task
 from common.tasks import Task
 from common.tokenizer import count_unknown, load_tokenizer
 from reward.collect import label, open_rankings
-from reward.config import RankingConfig
+from reward.config import RankingConfig, RewardModelConfig
+from sft.__main__ import FineTuneConfig
 
 STAGES = ("sft", "reward")
 
@@ -44,7 +45,8 @@ class CheckConfig(RankingConfig):
 
 def main() -> None:
     """Print the report; end with an error where the stage itself would refuse."""
-    (config,) = parse_config(CheckConfig, allow_others=True)
+    others = FineTuneConfig, SFTConfig, RewardModelConfig, RewardConfig
+    (config,) = parse_config(CheckConfig, others=others)
     stage = config.stage or _stage_of(sys.argv)
     if stage not in STAGES:
         raise UserError(f"stage ({stage}) must be one of {', '.join(STAGES)}: give --stage")
@@ -60,9 +62,10 @@ def main() -> None:
         print(f"{name}\n{describe_lengths(part, reports[name], tokenizer, stage)}\n")
     print(f"repeated\n{describe_repeats(train, held_out)}\n")
     print(f"one row, as the model reads it\n{show_row(train[0], tokenizer, config.max_length)}\n")
-    for report in reports.values():
+    for name, report in reports.items():
         report.require_kept(config.max_lost_share)
         report.require_context(config.model_name_or_path)
+        require_known(parts[name], tokenizer, config.max_lost_share)
 
 
 def _stage_of(arguments: list[str]) -> str:
@@ -88,7 +91,7 @@ def describe_lengths(
     rows: Dataset, report: LengthReport, tokenizer: PreTrainedTokenizerFast, stage: str
 ) -> str:
     """Counts, a histogram, and what is lost and why, in words."""
-    unknown = count_unknown(tokenizer, _contents(rows))
+    unknown = count_unknown(tokenizer, contents(rows))
     lines = [f"  {report}", *(f"  {line}" for line in report.histogram().splitlines())]
     if report.truncated:
         lines.append(f"  longest: {report.longest_row}, {report.longest:,} tokens")
@@ -101,12 +104,6 @@ def describe_lengths(
     if unknown:
         lines.append(f"  unknown: {unknown:,} characters that the tokenizer never saw")
     return "\n".join(lines)
-
-
-def _contents(rows: Dataset) -> Iterable[str]:
-    for row in rows:
-        for name in ("messages", "prompt", "chosen", "rejected"):
-            yield from (message["content"] for message in row.get(name) or [])
 
 
 def describe_repeats(train: Dataset, held_out: Dataset) -> str:

@@ -8,6 +8,7 @@ Any field of a stage's dataclasses can stand in the YAML or be given on the comm
 import dataclasses
 import difflib
 import logging
+import math
 import os
 import re
 import sys
@@ -43,7 +44,7 @@ def parse_config(
     *dataclass_types: type,
     defaults: dict[str, Any] | None = None,
     args: list[str] | None = None,
-    allow_others: bool = False,
+    others: tuple[type, ...] = (),
 ) -> tuple[Any, ...]:
     """Read `--config FILE` and `--field value` into one instance of each dataclass.
 
@@ -51,7 +52,7 @@ def parse_config(
         dataclass_types: in the order in which their instances are returned.
         defaults: in place of the dataclasses' own.
         args: in place of the command line.
-        allow_others: pass over fields that are in none of them.
+        others: further dataclasses, whose fields are passed over.
 
     Raises:
         UserError: unknown field (names the nearest), wrong type, missing file, invalid value.
@@ -59,9 +60,13 @@ def parse_config(
     parser = _Parser(list(dataclass_types))  # type: ignore[arg-type]
     parser.set_defaults_with_config(**defaults or {})
     try:
-        if allow_others:
-            return parser.parse_args_and_config(args=args, return_remaining_strings=True)[:-1]
-        return parser.parse_args_and_config(args=args)
+        *configs, left = parser.parse_args_and_config(args=args, return_remaining_strings=True)
+        known = {field.name for kind in others for field in dataclasses.fields(kind)}
+        for flag in left:
+            if flag.startswith("--") and flag[2:].split("=")[0] not in known:
+                raise ValueError(f"Unknown arguments: {flag}")
+        if left and not others:
+            raise UserError(f"{left[0]} belongs to no field: quote a value that has spaces")
     except OSError as error:
         raise UserError(f"--config {error.filename}: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -69,7 +74,11 @@ def parse_config(
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(_explain(error, dataclass_types)) from error
+        raise UserError(_explain(error, (*dataclass_types, *others))) from error
+    for config in configs:
+        if isinstance(config, TrainingArguments):
+            check_training(config)
+    return tuple(configs)
 
 
 def _explain(error: ValueError, dataclass_types: tuple[type, ...]) -> str:
@@ -81,6 +90,38 @@ def _explain(error: ValueError, dataclass_types: tuple[type, ...]) -> str:
     near = difflib.get_close_matches(unknown[1], names, n=1)
     cure = f"did you mean {near[0]}?" if near else "`--help` lists the fields"
     return f"unknown field {unknown[1]}: {cure}"
+
+
+def require(config: Any, least: float, *names: str, most: float = math.inf) -> None:
+    """Refuse fields of a configuration that are below `least` or above `most`.
+
+    Raises:
+        UserError: names the field, its value and the bounds.
+    """
+    bounds = f"{least:g} or more" if most == math.inf else f"between {least:g} and {most:g}"
+    for name in names:
+        if not least <= getattr(config, name) <= most:
+            raise UserError(f"{name} ({getattr(config, name)}) must be {bounds}")
+
+
+def check_training(args: TrainingArguments) -> None:
+    """Refuse what transformers would fail at late, or do otherwise than it reads.
+
+    Raises:
+        UserError: names the field, what it is and what it must be.
+    """
+    require(args, 0, "learning_rate", "max_grad_norm", "weight_decay", "warmup_steps")
+    require(args, 1, "per_device_train_batch_size", "per_device_eval_batch_size")
+    require(args, 1, "gradient_accumulation_steps")
+    if args.max_steps == 0 or args.max_steps < -1:
+        raise UserError(f"max_steps ({args.max_steps}) must be at least 1, or -1 for whole epochs")
+    if args.max_steps == -1 and not args.num_train_epochs > 0:
+        raise UserError(f"num_train_epochs ({args.num_train_epochs}) must be above 0")
+    if args.resume_from_checkpoint:
+        raise UserError(
+            f"resume_from_checkpoint ({args.resume_from_checkpoint}): leave it out, a run goes on "
+            "by itself from its own last checkpoint"
+        )
 
 
 def as_flags(fields: dict[str, Any]) -> list[str]:
@@ -124,6 +165,10 @@ def run(main: Callable[[], None]) -> None:
         if torch.distributed.is_initialized():
             # Left to the interpreter's end, gloo's threads abort the process now and then.
             torch.distributed.destroy_process_group()
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

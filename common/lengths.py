@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from common.errors import UserError
 from common.rows import Messages
-from common.tokenizer import encode_texts
+from common.tokenizer import count_unknown, encode_texts
 
 BAR = 40  # characters of the longest bar in a histogram
 
@@ -125,6 +125,32 @@ def measure_lengths(
                 field = f'{_place(dataset, len(row_lengths))}, "{field}"'
             row_lengths.append(max(lengths))
     return LengthReport(max_length, row_lengths, tokens, tokens_cut, unanswered, field)
+
+
+def contents(rows: Dataset) -> Iterator[str]:
+    """What is said in the rows, message by message."""
+    for row in rows:
+        for name in ("messages", "prompt", "chosen", "rejected"):
+            yield from (message["content"] for message in row.get(name) or [])
+
+
+def require_known(rows: Dataset, tokenizer: PreTrainedTokenizerFast, max_lost_share: float) -> None:
+    """Say how many characters of the rows the tokenizer never saw; it reads them all as one.
+
+    Raises:
+        UserError: more than `max_lost_share` of them.
+    """
+    unknown = count_unknown(tokenizer, contents(rows))
+    if not unknown:
+        return
+    characters = sum(map(len, contents(rows)))
+    said = f"{unknown:,} of {characters:,} characters are unknown to the tokenizer"
+    if unknown > max_lost_share * characters:
+        raise UserError(
+            f"{said}, more than max_lost_share ({max_lost_share:g}): pretrain on text that has "
+            "them, or with a BPE, or allow it by --max_lost_share"
+        )
+    print(f"{said} and read as {tokenizer.unk_token}")
 
 
 def keep_answerable(

@@ -66,6 +66,8 @@ def _source(entry: object, where: str) -> Source:
     known = [field.name for field in dataclasses.fields(Source)]
     if not isinstance(entry, dict) or "path" not in entry or not set(entry) <= set(known):
         raise UserError(f"{where}: is {entry!r}; expected path, and of {', '.join(known[1:])} any")
+    if not isinstance(entry["path"], str):
+        raise UserError(f'{where}: "path" is {entry["path"]!r}; expected text')
     weight = entry.get("weight", 1.0)
     if not isinstance(weight, int | float) or not weight > 0:
         raise UserError(f'{where}: "weight" is {weight!r}; expected a number above 0')

@@ -111,7 +111,7 @@ def _read_jsonl(path: Path) -> NumberedRows:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
+                    yield number, json.loads(line.rstrip("\n"))
                 except json.JSONDecodeError as error:
                     # given, not raised: a generator that raised could not go on
                     yield (

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+import yaml
+
 from common.artifacts import make_variable, read_json, require_parent
 from common.config import as_flags, parse_config, run
 from common.errors import UserError
@@ -43,6 +45,13 @@ def main() -> None:
     first = Path("out") / config.profile
     for stage in ("sft", "reward", "rlhf"):
         require_parent(str(first / stage), f"make all {make_variable(first)}")
+    for stage in ("reward", "rlhf"):
+        on = yaml.safe_load((first / stage / "config.yaml").read_text(encoding="utf-8"))
+        if on["evaluate_on"] != config.evaluate_on:
+            raise UserError(
+                f"{first / stage} was measured on {on['evaluate_on']}, further rounds would be on "
+                f"{config.evaluate_on}: give --evaluate_on {on['evaluate_on']}"
+            )
     folders = [first, *(first / f"round{n}" for n in range(2, config.rounds + 1))]
     for last, folder in pairwise(folders):
         train(config, "reward", folder, model_name_or_path=last / "reward", policy=last / "rlhf")

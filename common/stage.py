@@ -19,8 +19,8 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from common.arden.world import PEOPLE
-from common.artifacts import StageOutput, hash_model, require_parent
-from common.config import config_values
+from common.artifacts import StageOutput, hash_model, require_apart, require_parent
+from common.config import config_values, require
 from common.device import has_bf16
 from common.errors import UserError
 from common.tasks import HELD_OUT_SHARE, Task, load_task
@@ -37,6 +37,7 @@ TRAINER_DEFAULTS = {
     "ddp_find_unused_parameters": False,
     "dataloader_pin_memory": False,
 }
+SPLITS = ("dev", "test")
 SHOWN = ("loss", "accuracy", "score", "kl")  # of a trainer's logs, in the progress bar
 
 
@@ -71,6 +72,19 @@ class DataConfig:
         default=False, metadata={"help": "replace a run of another configuration"}
     )
 
+    def __post_init__(self) -> None:
+        """Refuse what no stage can work with.
+
+        Raises:
+            UserError: names the field, what it is and what it must be.
+        """
+        if self.data.startswith("set "):
+            raise UserError("no data given: make ... DATA=path, or --data path")
+        if self.evaluate_on not in SPLITS:
+            raise UserError(f"evaluate_on ({self.evaluate_on}) must be one of {', '.join(SPLITS)}")
+        require(self, 0, "skip_faulty_rows")
+        require(self, 1, "max_new_tokens")
+
 
 @dataclass
 class LabelledDataConfig(DataConfig):
@@ -78,7 +92,10 @@ class LabelledDataConfig(DataConfig):
 
     max_lost_share: float = field(
         default=0.1,
-        metadata={"help": "share of rows that max_length may cut or drop before the run refuses"},
+        metadata={
+            "help": "share of rows that max_length may cut or drop, and of characters that the "
+            "tokenizer may not know, before the run refuses"
+        },
     )
     early_stopping_patience: int = field(
         default=0,
@@ -87,6 +104,12 @@ class LabelledDataConfig(DataConfig):
             "keep the best weights; 0: never. Needs eval_strategy"
         },
     )
+
+    def __post_init__(self) -> None:
+        """As of all stages, and a share that is one."""
+        super().__post_init__()
+        require(self, 0, "max_lost_share", most=1)
+        require(self, 0, "early_stopping_patience")
 
 
 @dataclass
@@ -128,8 +151,9 @@ def open_stage(
     """
     parent = require_parent(config.model_name_or_path, config.parent_command)
     sources = {"parent": hash_model(parent), **(hashes or {})}
-    for role, path in parents.items():
-        sources[role] = hash_model(require_parent(path, config.parent_command))
+    folders = {role: require_parent(path, config.parent_command) for role, path in parents.items()}
+    sources |= {role: hash_model(path) for role, path in folders.items()}
+    require_apart(str(args.output_dir), parent, *folders.values())
     task = open_task(config)
     sources["data"] = task.fingerprint()
     values = config_values(config, args)

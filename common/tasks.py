@@ -103,7 +103,12 @@ class PlaysTask:
 
     def __init__(self, path: str | None) -> None:
         self.path = plays.find_shakespeare(path)
-        text = self.path.read_text(encoding="utf-8")
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.path}: not UTF-8 at byte {error.start:,}; save it as UTF-8"
+            ) from None
         self.parts = dict(zip(("train", "validation"), plays.split_text(text), strict=True))
         self.words = set(re.findall(r"[a-z']+", text.lower()))
 

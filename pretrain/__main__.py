@@ -18,7 +18,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from common.artifacts import StageOutput, hash_model
+from common.artifacts import (
+    StageOutput,
+    hash_model,
+    require_apart,
+    require_kind,
+    require_parent,
+)
 from common.config import config_values, parse_config, run
 from common.device import fast_attention
 from common.errors import UserError
@@ -49,7 +55,10 @@ def main() -> None:
     stream = open_stream(task, model_config, config)
     sources = {"data": stream.fingerprint if stream else task.fingerprint()}
     if model_config.model_name_or_path:
-        sources["parent"] = hash_model(Path(model_config.model_name_or_path))
+        parent = require_parent(model_config.model_name_or_path, "make pretrain")
+        require_kind(parent, scores=False)
+        require_apart(config.output_dir, parent)
+        sources["parent"] = hash_model(parent)
     values = config_values(model_config, config)
     output = StageOutput(config.output_dir, values, sources, config.overwrite)
     if output.finished:
@@ -70,12 +79,9 @@ def main() -> None:
         tokenizer = load_tokenizer(output.path / "data")
         files = [TokenFile(output.path / "data" / f"{split}.bin") for split in SPLITS]
     model = make_model(model_config, tokenizer)
+    set_seed(config.seed, device_specific=True)  # weights alike, dropout's masks of one's own
     model.set_attn_implementation(fast_attention(model.config.max_position_embeddings))
-    if len(files[0]) < 3 * model.config.max_position_embeddings:
-        raise UserError(
-            f"{config.data} has {len(files[0]):,} tokens to train on: "
-            f"at least {3 * model.config.max_position_embeddings:,} for this block_size"
-        )
+    require_windows(files, model.config.max_position_embeddings, config.data)
     figures = train(model, files[0], files[1], config, accelerator)
     model = whole_model(accelerator, model)
     if accelerator.is_main_process:
@@ -84,6 +90,20 @@ def main() -> None:
         output.finish(model, tokenizer, summary, write_samples(model, tokenizer, first))
         print(" ".join(f"{name} {value}" for name, value in summary.items()))
     accelerator.end_training()
+
+
+def require_windows(files: list[TokenFile], block_size: int, data: str) -> None:
+    """Refuse text that is too short to train and to measure on.
+
+    Raises:
+        UserError: names the part, its tokens and how many are needed.
+    """
+    for split, file, least in zip(SPLITS, files, (3 * block_size, block_size + 1), strict=True):
+        if len(file) < least:
+            raise UserError(
+                f"{data} has {len(file):,} tokens for {split}: at least {least:,} for a block_size "
+                f"of {block_size:,}; give more text, or a smaller block_size"
+            )
 
 
 def prepare_text(task: Task, config: ModelConfig, folder: Path) -> None:

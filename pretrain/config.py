@@ -6,6 +6,7 @@ from typing import Literal
 from accelerate.tracking import get_available_trackers
 
 from common.arden.world import PEOPLE
+from common.config import require
 from common.device import has_bf16
 from common.errors import UserError
 
@@ -125,14 +126,14 @@ class PretrainConfig:
             UserError: a count below 1, a share outside [0, 1], or a tracker that is not installed.
         """
         self.bf16 = has_bf16() if self.bf16 is None else self.bf16
-        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} ({getattr(self, name)}) must be at least 1")
+        counts = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+        more = ("per_device_eval_batch_size", "logging_steps", "save_steps")
+        require(self, 1, *counts, *more)
+        rates = ("learning_rate", "muon_learning_rate", "weight_decay", "max_grad_norm")
+        require(self, 0, *rates, "warmup_steps", "eval_steps")
         if self.report_to not in ("none", *map(str, get_available_trackers())):
             raise UserError(
                 f"report_to ({self.report_to}) is not installed: pip install {self.report_to}, or "
                 "leave it out, for metrics.jsonl is written anyway"
             )
-        for name in ("decay_fraction", "validation_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} ({getattr(self, name)}) must lie between 0 and 1")
+        require(self, 0, "decay_fraction", "validation_fraction", most=1)

@@ -34,7 +34,7 @@ from common.tasks import load_task
 from common.token_file import TokenFile
 from common.tokenizer import load_tokenizer
 from common.windows import training_starts
-from pretrain.__main__ import count_parameters, make_model, prepare_text
+from pretrain.__main__ import count_parameters, make_model, prepare_text, require_windows
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.lesson_plot import plot_ladder
 from pretrain.trackers import make_accelerator
@@ -286,6 +286,7 @@ def main() -> None:
     prepare_text(task, model_config, folder / "data")
     tokenizer = load_tokenizer(folder / "data")
     files = [TokenFile(folder / "data" / f"{split}.bin") for split in ("train", "validation")]
+    require_windows(files, model_config.block_size, config.data)
     x = torch.randn(4, 8, 2, generator=torch.Generator().manual_seed(config.seed))
     others = average_by_matrix(x), average_by_softmax(x)
     gap = max(float((average_by_loop(x) - other).abs().max()) for other in others)
@@ -306,6 +307,7 @@ def main() -> None:
     write_text(folder / "samples.md", "# What each rung writes\n\n" + "\n".join(texts))
     write_text(folder / "plot.svg", plot_ladder(rows))
     write_json(folder / "summary.json", {"averages_differ_by": gap, "rungs": rows})
+    output.settle()
     accelerator.end_training()
 
 

@@ -10,6 +10,7 @@ be trusted, and `go` in the summary whether PPO should follow it (`reward.verdic
 """
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,12 @@ from common.artifacts import MetricsFile, require_parent, require_same_tokenizer
 from common.batches import render
 from common.config import parse_config, run
 from common.errors import UserError
-from common.lengths import LengthReport, measure_lengths
+from common.lengths import LengthReport, measure_lengths, require_known
 from common.reward_gpt import logprob_scorer
 from common.scoring import score_chats
 from common.sharded import whole_model
 from common.stage import (
     TRAINER_DEFAULTS,
-    Stage,
     early_stopping,
     format_samples,
     open_stage,
@@ -81,6 +81,7 @@ def main() -> None:
         lengths = measure_lengths(rows, tokenizer, args.max_length)
         if args.process_index == 0:
             print(f"reward, {split}: {lengths}")
+            require_known(rows, tokenizer, config.max_lost_share)
         lengths.require_kept(config.max_lost_share)
         lengths.require_context(stage.parent)
         pairs[split] = keep_fitting(rows, lengths)
@@ -108,7 +109,10 @@ def main() -> None:
         for side in ("chosen", "rejected")
     }
     probabilities = label_probabilities(held_out, scores["chosen"], scores["rejected"])
-    summary = measure(model, tokenizer, stage, held_out, scores, probabilities)
+    judge = None
+    if isinstance(stage.task, ArdenTask) and not Path(config.labeller).is_file():
+        judge = stage.task.gold_reward  # of a file's own prompts he would know nothing
+    summary = measure(model, tokenizer, judge, held_out, scores, probabilities)
     summary |= {"pairs": len(train), "train_seconds": seconds}
     report = write_report(summary, held_out, scores["chosen"], scores["rejected"], probabilities)
     write_text(stage.output.path / "report.md", report)
@@ -172,7 +176,7 @@ def keep_fitting(pairs: Dataset, lengths: LengthReport) -> Dataset:
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    stage: Stage,
+    judge: Callable[..., list[float]] | None,
     pairs: Dataset,
     scores: dict[str, list[float]],
     probabilities: list[float],
@@ -180,8 +184,7 @@ def measure(
     """All figures of held-out pairs and the verdict on them, for the summary."""
     chosen, rejected = scores["chosen"], scores["rejected"]
     gold = None
-    if isinstance(stage.task, ArdenTask):
-        judge = stage.task.gold_reward
+    if judge is not None:
         gold = (
             judge(pairs["prompt"], pairs["chosen"]),
             judge(pairs["prompt"], pairs["rejected"]),

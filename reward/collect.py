@@ -97,6 +97,7 @@ def collect(config: RankingConfig, args: RewardConfig, task: Task, folder: Path)
             sample = keep_shards(sampler(config, args.device), output.checkpoints, split)
             rows = label(config, task, sample, split, count, args.device)
             write_rows(path, rows)
+    output.settle()
 
 
 def collect_answers(config: RankingConfig, args: RewardConfig, task: Task, folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.config import require
 from common.errors import UserError
 from common.stage import LabelledDataConfig
 
@@ -34,6 +35,9 @@ class RankingConfig(LabelledDataConfig):
 
     def __post_init__(self) -> None:
         """The policy is the parent unless said otherwise; the labeller must be there."""
+        super().__post_init__()
+        require(self, 0, "noise", most=0.5)
+        require(self, 1, "prompts", "eval_prompts", "samples_per_prompt")
         self.policy = self.policy or self.model_name_or_path
         if self.labeller not in (BY_DATA, BY_PEOPLE) and not Path(self.labeller).exists():
             raise UserError(
@@ -76,5 +80,4 @@ class RewardModelConfig(RankingConfig):
     def __post_init__(self) -> None:
         """As of the rankings, and margins that ask for the better answer."""
         super().__post_init__()
-        if self.margins < 0:
-            raise UserError(f"margins ({self.margins:g}) must not be below 0: 0 asks for none")
+        require(self, 0, "margins")

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
-from common.artifacts import MetricsFile
+from common.artifacts import MetricsFile, require_kind
 from common.batches import Chat
 from common.config import parse_config, run
 from common.errors import UserError
@@ -67,6 +67,7 @@ def main() -> None:
     if args.ptx_coef:
         hashes["ptx_data"] = TokenFile(args.ptx_data).info.sha256
     stage = open_stage(config, args, hashes, **sources)
+    require_kind(stage.parent, scores=False)
     if stage.output.finished:
         print(f"{stage.output.path} is finished; delete it to train it anew")
         return

@@ -15,7 +15,8 @@ from transformers import (
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.arden.task import ArdenTask
-from common.artifacts import require_go, require_parent, require_same_tokenizer
+from common.artifacts import require_go, require_kind, require_parent, require_same_tokenizer
+from common.config import require
 from common.errors import UserError
 from common.generation import draw_chats
 from common.lengths import keep_answerable
@@ -66,6 +67,9 @@ class AlignConfig(DataConfig):
 
     def __post_init__(self) -> None:
         """One reward may stand without brackets in the YAML."""
+        super().__post_init__()
+        require(self, 1, "prompts", "eval_prompts")
+        require(self, 0, "lora_r", "best_of")
         self.reward = [self.reward] if isinstance(self.reward, str) else self.reward
         if self.method not in METHODS:
             raise UserError(f"method ({self.method}) must be one of {', '.join(METHODS)}")
@@ -95,6 +99,7 @@ def load_reward(
     if is_function(name):
         return load_function(name)
     path = require_parent(name, config.parent_command)
+    require_kind(path, scores=True)
     require_go(path, config.allow_no_go)
     require_same_tokenizer(parent, path)
     model: Any = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)

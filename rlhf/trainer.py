@@ -260,7 +260,7 @@ class PPOTrainer(ActorCriticTrainer):
     # Logs
 
     def _log_rollout(self, rollout: Rollout, finished: Tensor, scorable: Tensor) -> None:
-        """Means per completion (kl, length, eos_rate), scorable one (reward) and token (entropy)."""
+        """Means per completion (kl, length, eos_rate), per scorable one (reward), per token."""
         mask = rollout.completion_mask
         sums = {
             "kl": ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(),

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
-from common.artifacts import MetricsFile, require_parent
-from common.config import parse_config, run
+from common.artifacts import MetricsFile, require_kind, require_parent
+from common.config import parse_config, require, run
 from common.errors import UserError
 from common.generation import generate_answers
-from common.lengths import measure_lengths
+from common.lengths import measure_lengths, require_known
 from common.pretraining_text import PretrainingText
 from common.sharded import whole_model
 from common.stage import (
@@ -68,6 +68,10 @@ class FineTuneConfig(LabelledDataConfig):
     )
 
     def __post_init__(self) -> None:
+        """As of labelled data; adapters and replay within bounds."""
+        super().__post_init__()
+        require(self, 0, "lora_r")
+        require(self, 1, "lora_alpha")
         if self.ptx_coef < 0 or self.ptx_windows < 1:
             raise UserError(
                 f"ptx_coef ({self.ptx_coef:g}) must not be below 0, ptx_windows "
@@ -96,6 +100,7 @@ def main() -> None:
     text = Path(config.ptx_data or parent / "data" / "train.bin")
     hashes = {"ptx_data": TokenFile(text).info.sha256} if config.ptx_coef else {}
     stage = open_stage(config, args, hashes)
+    require_kind(stage.parent, scores=False)
     if stage.output.finished:
         print(f"{stage.output.path} is finished; delete it to train it anew")
         return
@@ -117,6 +122,7 @@ def main() -> None:
                 print(f"sft, {name}: {lengths}")
                 lengths.require_kept(config.max_lost_share)
                 lengths.require_context(stage.parent)
+                require_known(rows, tokenizer, config.max_lost_share)
             stage.output.start()
     trainer = trainer_class(
         model=base,

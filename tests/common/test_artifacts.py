@@ -10,6 +10,8 @@ import pytest
 from common.artifacts import (
     MetricsFile,
     StageOutput,
+    require_apart,
+    require_kind,
     require_parent,
     require_same_tokenizer,
     write_json,
@@ -39,6 +41,54 @@ def test_same_run_goes_on_and_another_is_refused(tmp_path: Path) -> None:
     assert (output.checkpoints / "x").exists()
     start(tmp_path / "sft", seed=1, overwrite=True)
     assert not (output.checkpoints / "x").exists()
+
+
+def test_what_no_run_has_left_is_in_no_danger(tmp_path: Path) -> None:
+    """Broken once: a first run that failed, then another, and a folder of books was deleted."""
+    (tmp_path / "book.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds book\.txt, which no run has left there"):
+        start(tmp_path)
+    with pytest.raises(UserError, match=r"output_dir \(.*book\.txt\) is a file"):
+        start(tmp_path / "book.txt")
+    with pytest.raises(UserError, match="output_dir is empty"):
+        StageOutput(" ", {}, {})
+    (tmp_path / "outer" / "sft").mkdir(parents=True)
+    start(tmp_path / "outer" / "sft" / "run")
+    with pytest.raises(UserError, match="holds sft, which no run has left there"):
+        start(tmp_path / "outer", overwrite=True)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"damaged/manifest\.json is damaged"):
+        start(tmp_path / "damaged")
+    assert (tmp_path / "book.txt").read_text() == "mine"
+
+
+def test_a_run_is_kept_until_the_one_that_replaces_it_is_finished(tmp_path: Path) -> None:
+    """Its own failures do not make it go, nor does a link in it. Broken once: deleted before the
+    new input had been read."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x").touch()
+    old = start(tmp_path / "sft")
+    write_json(old.path / "summary.json", {"seed": 0})
+    (old.path / "link").symlink_to(tmp_path / "elsewhere")
+    start(old.path, seed=1, overwrite=True)  # fails
+    start(old.path, seed=2)  # fails, too, without a checkpoint
+    assert (old.path / "replaced" / "summary.json").read_text() == '{\n  "seed": 0\n}\n'
+    start(old.path, seed=3).settle()
+    assert not (old.path / "replaced").exists() and (tmp_path / "elsewhere" / "x").exists()
+
+
+def test_a_run_does_not_write_where_it_reads_nor_reads_the_wrong_kind(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a model that the run reads"):
+        require_apart(f"{tmp_path}/a/../b", tmp_path / "a", tmp_path / "b")
+    write_json(tmp_path / "config.json", {"architectures": ["Qwen3LogprobReward"]})
+    require_kind(tmp_path, scores=True)
+    with pytest.raises(UserError, match=r"holds a reward model .* a language model is needed here"):
+        require_kind(tmp_path, scores=False)
+    write_json(tmp_path / "config.json", {"architectures": ["GPT2LMHeadModel"]})
+    require_kind(tmp_path, scores=False)
+    with pytest.raises(UserError, match=r"holds a language model .* a reward model is needed here"):
+        require_kind(tmp_path, scores=True)
 
 
 def test_looking_changes_nothing_and_one_process_replaces(tmp_path: Path) -> None:

@@ -76,6 +76,75 @@ def test_bad_configuration_is_one_line(
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("stage", "flags", "message"),
+    [
+        ("sft", "--learning_rate -1", "learning_rate (-1.0) must be 0 or more"),
+        ("sft", "--learning_rate nan", "learning_rate (nan) must be 0 or more"),
+        ("sft", "--max_steps 0", "max_steps (0) must be at least 1, or -1 for whole epochs"),
+        ("sft", "--num_train_epochs 0", "num_train_epochs (0.0) must be above 0"),
+        (
+            "sft",
+            "--per_device_train_batch_size 0",
+            "per_device_train_batch_size (0) must",
+        ),
+        (
+            "sft",
+            "--gradient_accumulation_steps 0",
+            "gradient_accumulation_steps (0) must",
+        ),
+        ("sft", "--resume_from_checkpoint out/x", "resume_from_checkpoint (out/x): leave it out"),
+        ("sft", "--evaluate_on tset", "evaluate_on (tset) must be one of dev, test"),
+        ("sft", "--max_lost_share 7", "max_lost_share (7.0) must be between 0 and 1"),
+        ("sft", "--skip_faulty_rows -1", "skip_faulty_rows (-1) must be 0 or more"),
+        ("sft", "--max_new_tokens 0", "max_new_tokens (0) must be 1 or more"),
+        ("sft", "--lora_alpha -3", "lora_alpha (-3) must be 1 or more"),
+        ("sft", "stray words", "stray belongs to no field: quote a value that has spaces"),
+        ("reward", "--noise 5", "noise (5.0) must be between 0 and 0.5"),
+        ("reward", "--prompts 0", "prompts (0) must be 1 or more"),
+        ("rlhf", "--num_updates 0", "num_updates (0) must be above 0"),
+        ("rlhf", "--temperature 0", "temperature (0.0) must be above 0"),
+        ("rlhf", "--max_completion_length 0", "max_completion_length (0) must be above 0"),
+        ("rlhf", "--critic_learning_rate -1", "critic_learning_rate (-1.0) must be above 0"),
+        ("rlhf", "--beta -1", "beta (-1) must not be below 0"),
+        ("rlhf", "--eval_prompts 0", "eval_prompts (0) must be 1 or more"),
+        ("pretrain", "--save_steps 0", "save_steps (0) must be 1 or more"),
+        ("pretrain", "--muon_learning_rate -1", "muon_learning_rate (-1.0) must be 0 or more"),
+    ],
+)
+def test_values_out_of_bounds(stage: str, flags: str, message: str) -> None:
+    """Each was accepted once, or failed with a traceback after the work."""
+    defaults = None if stage == "pretrain" else TRAINER_DEFAULTS
+    args = ["--config", str(CONFIGS / "arden" / f"{stage}.yaml"), *flags.split()]
+    with pytest.raises(UserError) as error:
+        parse_config(*STAGES[stage], defaults=defaults, args=args)
+    assert str(error.value).startswith(message)
+
+
+def test_no_data_given() -> None:
+    """Broken once: the YAML's `set DATA=path` was looked for on the Hub."""
+    args = ["--config", str(CONFIGS / "own" / "sft.yaml")]
+    with pytest.raises(UserError, match=r"no data given: make \.\.\. DATA=path, or --data path"):
+        parse_config(*STAGES["sft"], defaults=TRAINER_DEFAULTS, args=args)
+
+
+def test_fields_of_others_are_passed_over_and_misspelt_ones_are_not() -> None:
+    """Broken once: check-data took `--max_lenght 5` for somebody else's."""
+    args = ["--max_steps", "4", "--learning_rate", "1"]
+    assert parse_config(Small, args=args, others=(SFTConfig,))[0].max_steps == 4
+    with pytest.raises(UserError, match="unknown field max_lenght: did you mean max_length"):
+        parse_config(Small, args=["--max_lenght", "5"], others=(SFTConfig,))
+
+
+def test_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+
+
 def test_missing_file_and_run(capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
         parse_config(Small, args=["--config", "nowhere.yaml"])

@@ -80,6 +80,7 @@ def test_fingerprint_changes_with_what_is_read(mixture: Path, old: str, new: str
         ("path: a.jsonl", "mix.yaml: expected a list of sources"),
         ("- {path: a.jsonl}\n- {pth: b}", "mix.yaml, entry 2: is {'pth': 'b'}; expected path"),
         ("- {path: a, wight: 2}", "entry 1: is {'path': 'a', 'wight': 2}; expected path, and of"),
+        ("- {path: 5}", 'entry 1: "path" is 5; expected text'),
         ("- {path: a, weight: 0}", 'entry 1: "weight" is 0; expected a number above 0'),
         ("- {path: a, weight: x}", "entry 1: \"weight\" is 'x'; expected a number above 0"),
     ],

@@ -60,6 +60,11 @@ def test_rounds(
     for stage in ("sft", "reward", "rlhf"):
         write_json(Path("out/arden") / stage / "config.json", {})
         write_json(Path("out/arden") / stage / "summary.json", {"gold": 0.0})
+        write_json(Path("out/arden") / stage / "config.yaml", {"evaluate_on": "dev"})
+    with pytest.raises(UserError, match="was measured on dev, further rounds would be on test"):
+        rounds.main()
+    for stage in ("sft", "reward", "rlhf"):
+        write_json(Path("out/arden") / stage / "config.yaml", {"evaluate_on": "test"})
     rounds.main()
     names = ("--output_dir", "--model_name_or_path", "--policy", "--reward")
     ran = [[c.get(name, "").removeprefix("out/arden/") for name in names] for c in commands]

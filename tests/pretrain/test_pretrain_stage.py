@@ -129,7 +129,7 @@ def test_finished_run_is_left_alone(finished: Path) -> None:
     [
         ({"max_stepz": 3}, "unknown field max_stepz: did you mean max_steps?"),
         ({"max_steps": "many"}, "max_steps"),
-        ({"max_steps": 0}, "max_steps (0) must be at least 1"),
+        ({"max_steps": 0}, "max_steps (0) must be 1 or more"),
         ({"data": "nowhere/text.txt"}, "nowhere/text.txt"),
         ({"hidden_size": 33}, "hidden_size"),
     ],

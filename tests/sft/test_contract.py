@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from common.batches import render
@@ -180,7 +180,8 @@ def test_an_end_of_text_is_learned_in_a_packed_row(tmp_path: Path) -> None:
 
 
 def test_every_stage_reads_the_same_ids(tmp_path: Path) -> None:
-    """Fine-tuning, the reward model, PPO and chat; by hand for the first conversation.
+    """Fine-tuning, the reward model, PPO, and whoever serves the saved model by its template; by
+    hand for the first conversation.
 
     Broken by a scorer that leaves the prompt's first token out.
     """
@@ -194,8 +195,11 @@ def test_every_stage_reads_the_same_ids(tmp_path: Path) -> None:
     ranked = reward_trainer(tmp_path / "reward", pairs).train_dataset
     assert [row["chosen_ids"] for row in ranked] == expected
     prompts = render(TOKENIZER, [chat[:-1] for chat in CHATS], ask=True)
-    for prompt, whole in zip(prompts, expected, strict=True):
+    served = AutoTokenizer.from_pretrained(tmp_path / "reward" / "base")
+    for chat, prompt, whole in zip(CHATS, prompts, expected, strict=True):
         assert whole[: len(prompt)] == prompt
+        asked = {"add_generation_prompt": True, "return_dict": False}
+        assert served.apply_chat_template(chat[:-1], **asked) == prompt
         scored = TokenScorer.tokens(scorer(TOKENIZER), prompt, whole[len(prompt) :])
         assert scored == whole
 
