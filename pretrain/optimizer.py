@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.pytorch_utils import Conv1D
 
 # torch's default is 5; 3 learn as well here and cost less (docs/log.md)
 NEWTON_SCHULZ_STEPS = 3
@@ -24,12 +25,13 @@ class Muon(torch.optim.Muon):
     """`torch.optim.Muon` with batched orthogonalisation in the precision that is fast here.
 
     Args:
-        params: matrices.
+        params: matrices (outputs, inputs), as `nn.Linear` has them, or groups; one with
+            `inputs_first` has them the other way round.
         bf16: orthogonalise in bfloat16, as torch's does; else in float32.
         **options: torch's.
     """
 
-    def __init__(self, params: Iterable[Tensor], *, bf16: bool, **options: Any) -> None:
+    def __init__(self, params: Iterable[Any], *, bf16: bool, **options: Any) -> None:
         super().__init__(params, **options)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
 
@@ -47,7 +49,8 @@ class Muon(torch.optim.Muon):
                 updates = orthogonalise_together(
                     torch.stack(momenta).to(self.dtype), group["ns_coefficients"], group["ns_steps"]
                 )
-                scale = max(1.0, shape[0] / shape[1]) ** 0.5
+                inputs, outputs = shape if group.get("inputs_first") else reversed(shape)
+                scale = max(1.0, outputs / inputs) ** 0.5
                 own = [
                     laid_out_like(param, update)
                     for param, update in zip(params, updates.to(params[0].dtype), strict=True)
@@ -123,11 +126,16 @@ def build_optimizers(
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     tables |= {id(p) for p in model.get_output_embeddings().parameters()}  # type: ignore[operator]
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in tables]
+    turned = {id(m.weight) for m in model.modules() if isinstance(m, Conv1D)}  # GPT-2's
+    groups = [
+        {"params": [p for p in matrices if (id(p) in turned) is first], "inputs_first": first}
+        for first in (False, True)
+    ]
     inner = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in inner]
     return [
         Muon(
-            matrices,
+            [group for group in groups if group["params"]],
             bf16=bf16,
             lr=muon_learning_rate,
             weight_decay=weight_decay,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from muon_processes import STEPS, train, work
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from common.gpt import build_config, build_gpt
 from pretrain.optimizer import Muon, build_optimizers, orthogonalise
@@ -33,6 +34,27 @@ def test_orthogonalise_moves_singular_values_near_one() -> None:
     matrices = torch.randn(2, 6, 20)
     values = torch.linalg.svdvals(orthogonalise(matrices, (3.4445, -4.7750, 2.0315), 5).float())
     assert ((values > 0.6) & (values < 1.3)).all()
+
+
+def test_a_map_learns_alike_however_its_matrix_lies() -> None:
+    """GPT-2 stores (inputs, outputs). Broken once: the wider ones of the two ways were scaled, so
+    that its feed-forward's way up learned at half the rate and its way down at twice."""
+    torch.manual_seed(0)
+    linear, gpt2 = nn.Linear(8, 24, bias=False), Conv1D(24, 8)
+    start = linear.weight.detach().clone()
+    gpt2.weight.data = start.T.clone()
+    gradient = torch.randn(24, 8)
+    for module, turned in ((linear, False), (gpt2, True)):
+        sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
+        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        config = build_config("lesson", vocab_size=64, block_size=8, **sizes, **special)
+        model = build_gpt(config)
+        model.transformer.h[0].attn.c_attn = module
+        module.weight.grad = gradient.T.clone() if turned else gradient
+        options = {"learning_rate": 0.0, "muon_learning_rate": 0.1, "weight_decay": 0.0}
+        build_optimizers(model, **options)[0].step()
+    torch.testing.assert_close(gpt2.weight.T, linear.weight)
+    assert (linear.weight - start).norm() > 0.1
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
