@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from common.config import parse_config, run
+from common.device import fast_attention, has_bf16
 from common.errors import UserError
 from common.gpt import build_gpt
 from pretrain.__main__ import count_parameters, gpt_config
@@ -38,6 +39,10 @@ class PlanConfig:
     )
     train_tokens: float | None = field(
         default=None, metadata={"help": "in place of max_steps times the batch"}
+    )
+    here: bool = field(
+        default=False,
+        metadata={"help": "memory in this machine's precision and attention, not in bf16 on a GPU"},
     )
 
     def __post_init__(self) -> None:
@@ -63,15 +68,18 @@ class Counts:
     activation_bytes: int
 
 
-def count(config: PreTrainedConfig, batch_size: int) -> Counts:
+def count(config: PreTrainedConfig, batch_size: int, *, here: bool = False) -> Counts:
     """Count a model of `build_config`'s, trained in bf16 autocast over float32 weights.
 
     Args:
         config: its sizes.
         batch_size: windows of block_size tokens in a micro-batch.
+        here: in this machine's precision, and with the attention that is fast on it.
     """
     with FakeTensorMode():
         model = build_gpt(config)
+        if here:
+            model.set_attn_implementation(fast_attention(config.max_position_embeddings))
         muon, adamw = build_optimizers(
             model, learning_rate=1.0, muon_learning_rate=1.0, weight_decay=0.0
         )
@@ -82,7 +90,7 @@ def count(config: PreTrainedConfig, batch_size: int) -> Counts:
             weight_bytes=weight_bytes,
             gradient_bytes=weight_bytes,
             optimizer_bytes=_bytes_of(muon) + 2 * _bytes_of(adamw),  # momentum; both moments
-            activation_bytes=activation_bytes(model, batch_size),
+            activation_bytes=activation_bytes(model, batch_size, bf16=not here or has_bf16()),
         )
 
 
@@ -90,7 +98,7 @@ def _bytes_of(optimizer: torch.optim.Optimizer) -> int:
     return sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
 
 
-def activation_bytes(model: Any, batch_size: int) -> int:
+def activation_bytes(model: Any, batch_size: int, *, bf16: bool = True) -> int:
     """What one forward pass keeps for the backward pass, without the weights themselves."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -104,7 +112,7 @@ def activation_bytes(model: Any, batch_size: int) -> int:
     ids = torch.zeros(batch_size, model.config.max_position_embeddings, dtype=torch.long)
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
         token_loss(model, ids, ids)
     return sum(storage.nbytes() for storage in kept.values())
@@ -145,7 +153,7 @@ def main() -> None:
     sizes = gpt_config(
         model_config, model_config.vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
-    counts = count(sizes, config.per_device_train_batch_size)
+    counts = count(sizes, config.per_device_train_batch_size, here=machine.here)
     for name, value in plan(counts, config, model_config.block_size, machine).items():
         if name.endswith("bytes") or name == "bytes_per_device":
             print(f"{name.replace('bytes', 'GB'):<18} {value / 1e9:>14,.2f}")
