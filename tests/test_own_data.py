@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from common.config import as_flags
+from common.tasks import load_task
 from tests.toy import save_toy
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -66,6 +67,24 @@ def test_lora_leaves_a_plain_model_that_the_next_stage_takes(tiny: Path, tmp_pat
         validation_fraction=0.3,
     )
     assert figures["pairs_given"] > 0 and isinstance(figures["go"], bool)
+
+
+def test_held_out_rows_are_measured_before_training(tiny: Path, tmp_path: Path) -> None:
+    """Broken once: they were not, and the run failed at its end, with nothing left."""
+    rows = [{"prompt": f"And {n}?", "completion": "So."} for n in range(40)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    task = load_task(str(tmp_path / "rows.json"))
+    held_out = {row[0]["content"] for row in task.conversations("validation")["messages"]}
+    long = [
+        row | {"completion": "So. " * 600} if row["prompt"] in held_out else row for row in rows
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(long))
+    fields = {"model_name_or_path": tiny, "output_dir": tmp_path / "sft", "max_length": 4096}
+    fields |= {"data": tmp_path / "rows.json", "max_lost_share": 1}
+    command = [sys.executable, "-m", "sft", "--config", "configs/own/sft.yaml", *as_flags(fields)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 2 and "the model's context is" in done.stderr
+    assert not (tmp_path / "sft" / "checkpoints").exists()
 
 
 def pairs_of(folder: Path, split: str) -> list[dict[str, Any]]:

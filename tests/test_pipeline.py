@@ -100,8 +100,9 @@ def summary(path: Path) -> dict[str, float]:
 
 
 def weights_differ(one: Path, other: Path) -> float:
+    """The largest difference of a weight; `other` may have a head more."""
     a, b = (load_file(path / "model.safetensors") for path in (one, other))
-    assert a.keys() == b.keys()
+    assert a.keys() <= b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
@@ -171,26 +172,27 @@ def test_fine_tuning_learns_the_form(folder: Path) -> None:
     assert trained[-1] < trained[0]
 
 
-@pytest.mark.parametrize(("stage", "tolerance"), [("sft", 2e-4), ("reward", 2e-4)])
-def test_two_processes_give_what_one_gives(
-    folder: Path, stage: str, tolerance: float, tmp_path: Path
-) -> None:
-    """The same batches, split: equal weights to rounding (Adam lifts it for tiny gradients).
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_two_processes_give_what_one_gives(folder: Path, stage: str, tmp_path: Path) -> None:
+    """The same batches, split: equal weights to rounding, by SGD, that shows a gradient's size.
 
-    FSDP2 broken once by measuring the shards, where a model must be gathered first: it hung.
+    FSDP2 broken once by measuring the shards, where a model must be gathered first: it hung. By
+    Adam a gradient of twice the size passed.
     """
     size = {"sft": 16, "reward": 8}[stage]  # of rows; of 24 prompts, so that no step is partial
     # in float32 wherever it runs: bfloat16's rounding is of the tolerance's size
-    extra = {"max_steps": 4, "learning_rate": 1e-4, "warmup_steps": 0, "bf16": "false"}
+    extra = {"max_steps": 4, "learning_rate": 0.05, "warmup_steps": 0, "bf16": "false"}
+    extra |= {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant"}
     extra |= {"ptx_windows": 2} if stage == "sft" else {}  # one for each process
     one = tmp_path / "one"
     run_stage(stage, folder, output_dir=one, per_device_train_batch_size=size, **extra)
-    assert weights_differ(one, folder / stage) > tolerance
+    moved = weights_differ(folder / "pretrain", one)
+    assert moved > 1e-3
     extra |= {"processes": 2, "per_device_train_batch_size": size // 2}
     for kind, sharded in (("ddp", False), ("fsdp2", True)):
         two = tmp_path / kind
         run_stage(stage, folder, output_dir=two, sharded=sharded, **extra)
-        assert weights_differ(one, two) < tolerance, kind
+        assert weights_differ(one, two) < 1e-3 * moved, kind
         assert summary(one).keys() == summary(two).keys(), kind
 
 

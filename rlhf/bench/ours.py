@@ -59,7 +59,6 @@ def build(folder: Path, name: str, problem: Problem, graph_decoding: bool = Fals
         lr_scheduler_type="constant",
         beta=problem.kl_coef,
         share_trunk=problem.share_trunk,
-        vf_coef=1.0 if problem.share_trunk else 0.1,
         missing_eos_penalty=0.0,
         graph_decoding=graph_decoding,
         seed=problem.seed,

@@ -16,7 +16,7 @@ from common.token_file import TokenFile, write_token_file
 from common.tokenizer import train_characters
 from pretrain.__main__ import make_model
 from pretrain.config import ModelConfig, PretrainConfig
-from pretrain.train import describe_step, train
+from pretrain.train import describe_step, rate_at, train
 
 Toy = tuple[PreTrainedModel, TokenFile, PretrainConfig]
 
@@ -40,6 +40,23 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
         torch_compile=False,
     )
     return make_model(sizes, tokenizer), TokenFile(tmp_path / "train.bin"), config
+
+
+def test_rates_warm_up_stay_and_fall() -> None:
+    """By hand. Broken once by a rate that never changes, which no test saw."""
+    config = PretrainConfig("out", "x", max_steps=10, warmup_steps=4, decay_fraction=0.5)
+    shares = [rate_at(step, config) for step in range(10)]
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    config = replace(config, warmup_steps=0, decay_fraction=0.0)
+    assert [rate_at(step, config) for step in range(10)] == [1.0] * 10
+
+
+def test_a_checkpoint_in_bfloat16_is_trained_in_float32(toy: Toy, tmp_path: Path) -> None:
+    """Small steps are lost in bfloat16. Broken once by the precision that the file has."""
+    tokenizer = train_characters(["the cat sat"])
+    toy[0].to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = make_model(ModelConfig(model_name_or_path=str(tmp_path / "base")), tokenizer)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights(tmp_path: Path, toy: Toy) -> None:

@@ -19,6 +19,8 @@ from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -54,6 +56,19 @@ def test_dropout_is_off(build: Build, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "policy")
     build_tokenizer(16).save_pretrained(tmp_path / "policy")
     build(str(tmp_path / "policy"), num_updates=1).train()
+
+
+def test_dropout_layers_are_off(build: Build, tmp_path: Path) -> None:
+    """GPT-2 has them, in the policy and in the critic made of it. Broken once: left on."""
+    sizes = {"vocab_size": 16, "n_positions": 128, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    config = GPT2Config(**sizes, **special, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "policy")
+    build_tokenizer(16).save_pretrained(tmp_path / "policy")
+    trainer = build(str(tmp_path / "policy"), num_updates=1)
+    layers = [m for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert len(layers) == 2 * 3 and not any(layer.p for layer in layers)
+    trainer.train()
 
 
 def test_optimizer_steps_and_one_log_an_update(build: Build) -> None:
