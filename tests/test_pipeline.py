@@ -243,7 +243,8 @@ def test_a_no_go_is_refused(folder: Path) -> None:
 
 
 def test_functions_as_rewards(folder: Path, tmp_path: Path) -> None:
-    """The judge and one of a user's own: their sum keeps its scale and loses its mean.
+    """The judge and one of a user's own: their sum keeps its scale and loses its mean, which on
+    prompts to train on is about what it is on those measured on.
 
     Broken by a mean left at 0: the critic then starts below every score.
     """
@@ -258,7 +259,7 @@ def test_functions_as_rewards(folder: Path, tmp_path: Path) -> None:
     assert "gold_after" in figures
     first = json.loads((folder / "rlhf_judge" / "metrics.jsonl").open().readline())
     assert figures["score_before"] > 0.1
-    assert first["score"] - first["reward"] == pytest.approx(figures["score_before"], abs=1e-4)
+    assert first["score"] - first["reward"] == pytest.approx(figures["score_before"], rel=0.4)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_functions_as_rewards(folder: Path, tmp_path: Path) -> None:
         ("rlhf", {"ptx_data": "{foreign}"}, "was written with another tokenizer than the model's"),
         ("sft", {"ptx_data": "{foreign}"}, "was written with another tokenizer than the model's"),
         ("sft", {"ptx_windows": "0"}, "ptx_windows (0) not below 1"),
-        ("reward", {"margins": "-1"}, "margins (-1) must not be below 0"),
+        ("reward", {"margins": "-1"}, "margins (-1.0) must be 0 or more"),
         ("rlhf", {"num_mini_batchez": "2"}, "did you mean num_mini_batches?"),
         ("sft", {"data": "nowhere.jsonl"}, "nowhere.jsonl"),
     ],
