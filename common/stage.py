@@ -245,8 +245,7 @@ def train_or_resume(trainer: Trainer, checkpoints: Path) -> float:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressBar)
     wait_for_generators(trainer)
-    watch = Stopwatch()
-    trainer.add_callback(watch)
+    trainer.add_callback(Stopwatch())
     states = {path.parent: _read_state(path) for path in checkpoints.glob("*/trainer_state.json")}
     whole = [path for path, state in states.items() if state]
     newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
@@ -255,7 +254,8 @@ def train_or_resume(trainer: Trainer, checkpoints: Path) -> float:
     ):
         take_no_step(trainer)
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    return round(watch.seconds, 1)
+    callbacks = trainer.callback_handler.callbacks  # a resumed run may have made its own anew
+    return round(next(c.seconds for c in callbacks if isinstance(c, Stopwatch)), 1)
 
 
 def _read_state(path: Path) -> dict[str, Any]:
