@@ -28,6 +28,7 @@ from common.errors import UserError
 from common.tokenizer import hash_tokenizer, load_tokenizer
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers")
+MEASURED = "best_of_n.json"  # of a run's parent, by rlhf.best_of_n; it may lie there before the run
 _held: dict[Path, int] = {}  # directories that this process works in, and what locks them
 
 
@@ -60,10 +61,10 @@ class StageOutput:
         path: `output_dir`.
         config: the resolved configuration; without incidental fields it identifies the run.
         sources: hashes of what the run reads, e.g. {"parent": ..., "data": ...}.
-        overwrite: let `start` delete what another configuration left there.
+        overwrite: let `start` set aside what another configuration left there.
 
     Nothing is touched before `start`, which one process calls: several may look at the same time.
-    `finished`: the run is there. `replaces`: what is there is another one, which `start` deletes.
+    `finished`: the run is there. `replaces`: what is there is another one, which has to go.
 
     A run that stopped before its first checkpoint, say at a row that cannot be read, is in nobody's
     way: the next one replaces it. Of any other that is to be replaced everything lies in
@@ -121,19 +122,30 @@ class StageOutput:
         return [
             entry
             for entry in sorted(self.path.iterdir())
-            if not entry.name.startswith(".") and not (entry / "manifest.json").exists()
+            if not entry.name.startswith(".")
+            and entry.name != MEASURED
+            and not (entry / "manifest.json").exists()
         ]
 
     def _clear(self) -> None:
-        """Set the old run aside if there is work in it, else delete it."""
-        holds_work, aside = self._holds_work(), self.path / "replaced"
-        entries = self._entries()
-        if holds_work:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
+        """Set the old run aside if there is work in it, else delete it.
+
+        A finished run that lies aside already is not given up for one that was not finished. What
+        tells of the run moves last, so that a kill in between is made good by the next start.
+        """
+        aside, telling = self.path / "replaced", ("summary.json", "manifest.json")
+        finished, better = ((place / telling[0]).exists() for place in (self.path, aside))
+        begun = aside.exists() and not (aside / telling[1]).exists()
+        keep = begun or (self._holds_work() and (finished or not better))
+        entries = [entry for entry in self._entries() if entry != aside]
+        if keep:
+            if not begun:
+                shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(exist_ok=True)
             print(f"{self.path}: the run that was there lies in {aside} until this one is finished")
-        for entry in entries:
-            if holds_work:
+        last = {name: place for place, name in enumerate(telling, start=1)}
+        for entry in sorted(entries, key=lambda entry: last.get(entry.name, 0)):
+            if keep:
                 entry.rename(aside / entry.name)
             elif entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
@@ -151,8 +163,8 @@ class StageOutput:
     def start(self) -> None:
         """Write the configuration and the manifest; called by one process, before training.
 
-        What another configuration left in the directory goes first. From here to `finish`, or to
-        the end of this process, no other one can start there.
+        What another configuration left in the directory is set aside first. From here to `finish`,
+        or to the end of this process, no other one can start there.
 
         Raises:
             UserError: another one is at work there, or nothing can be written there.

@@ -28,7 +28,7 @@ from common.stage import open_task
 from common.tasks import Task
 from common.tokenizer import count_unknown, load_tokenizer
 from reward.collect import label, open_rankings
-from reward.config import RankingConfig, RewardModelConfig
+from reward.config import BY_PEOPLE, RankingConfig, RewardModelConfig
 from sft.__main__ import FineTuneConfig
 
 STAGES = ("sft", "reward")
@@ -81,8 +81,10 @@ def _rows(task: Task, stage: str, config: CheckConfig, part: str) -> Dataset:
     collected = folder / f"{split}.jsonl"
     if collected.exists() and not open_rankings(config, task, folder).replaces:
         return Dataset.from_json(str(collected))
-    if config.labeller_is_model:
-        raise UserError(f"{config.labeller} has ranked nothing in {folder}: run `make rankings`")
+    if config.labeller_is_model or config.labeller == BY_PEOPLE:
+        raise UserError(
+            f"labeller ({config.labeller}) has ranked nothing in {folder}: run `make rankings`"
+        )
     count = config.prompts if part == "train" else config.eval_prompts
     return label(config, task, lambda asked: [[] for _ in asked], split, count, torch.device("cpu"))
 

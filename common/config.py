@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 from trl import TrlParser
 
-from common.errors import UserError
+from common.errors import LocalError, UserError
 
 # Decided while running, or without influence on the result: no part of a configuration's identity.
 INCIDENTAL = {
@@ -167,9 +167,10 @@ def run(main: Callable[[], None]) -> None:
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            said = "stopped; a stage goes on from its last checkpoint by the same command"
+            print(said, file=sys.stderr)
         sys.exit(130)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -83,6 +83,8 @@ def load_task(
     keep = options.get("keep", ())
     if keep and (data in ("arden", "shakespeare") or options.get("plays")):
         raise UserError(f"keep_columns ({', '.join(keep)}): {data} has none, they are of own rows")
+    if taken := {"prompt", "source"} & set(keep):
+        raise UserError(f"keep_columns ({', '.join(sorted(taken))}): the name is taken")
     if data == "arden":
         return ArdenTask(realm_seed, documents, realm_people)
     if data == "shakespeare" or options.get("plays"):

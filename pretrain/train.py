@@ -103,7 +103,8 @@ def train(
     while step < config.max_steps:
         rate = rate_at(step, config)
         for optimizer, full in zip(optimizers, full_rates, strict=True):
-            optimizer.param_groups[0]["lr"] = full * rate
+            for group in optimizer.param_groups:
+                group["lr"] = full * rate
         batches = micro_batches(train_file, model.config, step, config, accelerator)
         try:
             values = train_step(net, loss_of, optimizers, batches, config, accelerator)

@@ -86,8 +86,12 @@ def main() -> None:
         lengths.require_context(stage.parent)
         pairs[split] = keep_fitting(rows, lengths)
     train, held_out = pairs["train"], pairs[config.evaluate_on]
-    if config.margins and "margin" not in train.column_names:
-        raise UserError(f"margins: the rankings in {folder} give no margin; give --margins 0")
+    without = [split for split, rows in pairs.items() if "margin" not in rows.column_names]
+    if config.margins and without:
+        raise UserError(
+            f"margins: the rankings in {folder} give no margin for {', '.join(without)}; give "
+            "--margins 0"
+        )
     torch.manual_seed(args.seed)  # of the new head
     trainer_class = GroupedRewardTrainer if config.pairs_together else RewardTrainer
     trainer: Any = trainer_class(

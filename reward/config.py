@@ -51,8 +51,9 @@ class RankingConfig(LabelledDataConfig):
         return (Path(self.labeller) / "config.json").exists()
 
     def folder(self, output_dir: str | None) -> Path:
-        """Where the rankings of a stage lie."""
-        return Path(self.rankings) if self.rankings else Path(str(output_dir)) / "rankings"
+        """Where the rankings of a stage lie; what people are to rank lies beside them."""
+        name = "answers" if self.labeller == BY_PEOPLE else "rankings"
+        return Path(self.rankings) if self.rankings else Path(str(output_dir)) / name
 
 
 @dataclass

@@ -42,7 +42,7 @@ from rlhf.align import AlignConfig, align_prompts, load_rewards, lora
 from rlhf.config import PPOConfig
 from rlhf.critic import plain_policy
 from rlhf.invariants import BrokenInvariant
-from rlhf.measure import measure, measure_best_of
+from rlhf.measure import measure, measure_best_of, measured_rows
 from rlhf.methods import build_trainer
 from rlhf.rewards import (
     further_columns,
@@ -79,10 +79,7 @@ def main() -> None:
         context = policy.config.max_position_embeddings
         PretrainingText(args.ptx_data, args.ptx_windows, context, args.seed, tokenizer)
     prompts = align_prompts(stage.task, stage.parent, tokenizer, config, "align", config.prompts)
-    measured = align_prompts(
-        stage.task, stage.parent, tokenizer, config, config.evaluate_on, config.eval_prompts
-    )
-    rows = [*prompts, *measured]
+    rows = [*prompts, *measured_rows(stage.task, stage.parent, tokenizer, config)]
 
     def score(chats: list[Chat]) -> list[float]:
         return score_answers(rewards, weights, tokenizer, chats, **further_columns(rows, chats))

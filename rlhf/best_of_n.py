@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.arden.task import ArdenTask
-from common.artifacts import require_parent, write_json
+from common.artifacts import MEASURED, require_parent, write_json
 from common.config import parse_config, run
 from common.errors import UserError
 from common.generation import answered
@@ -24,8 +24,8 @@ from common.tokenizer import load_tokenizer
 from rlhf.align import AlignConfig, load_rewards
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
-from rlhf.measure import SHORT_NAMES, gold, measured_prompts
-from rlhf.rewards import mean_score, score_answers, weigh
+from rlhf.measure import SHORT_NAMES, gold, measured_rows
+from rlhf.rewards import further_columns, mean_score, score_answers, weigh
 
 
 @dataclass
@@ -62,18 +62,21 @@ def main() -> None:
     parent = require_parent(config.model_name_or_path, config.parent_command)
     task = open_task(config)
     tokenizer = load_tokenizer(parent)
+    config.max_new_tokens = args.max_completion_length
     rewards = load_rewards(config, task, parent, tokenizer, args.device)
+    rows = measured_rows(task, parent, tokenizer, config)
     weights = weigh(config.reward_names, args.reward_weights)
     chooser = Chooser(
         AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32).to(args.device),
         tokenizer,
-        lambda chats: score_answers(rewards, weights, tokenizer, chats),
+        lambda chats: score_answers(
+            rewards, weights, tokenizer, chats, **further_columns(rows, chats)
+        ),
         max(best_of.n),
         args.max_completion_length,
     )
-    config.max_new_tokens = args.max_completion_length
-    prompts = measured_prompts(task, parent, tokenizer, config)
-    rows = []
+    prompts = list(rows["prompt"])
+    found = []
     for n in sorted(best_of.n):
 
         def answer(asked: list[str], n: int = n) -> list[str]:
@@ -86,9 +89,9 @@ def main() -> None:
         if isinstance(task, ArdenTask):
             chats = [answered(p, text) for p, (text, _) in zip(prompts, chosen, strict=True)]
             figures["gold_drawn"] = gold(task, chats)
-        rows.append({"n": n, "kl": best_of_n_kl(n), **figures})
-        print_figures(f"best of {n}", rows[-1])
-    write_json(Path(args.output_dir) / "best_of_n.json", rows)
+        found.append({"n": n, "kl": best_of_n_kl(n), **figures})
+        print_figures(f"best of {n}", found[-1])
+    write_json(Path(args.output_dir) / MEASURED, found)
 
 
 if __name__ == "__main__":

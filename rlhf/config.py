@@ -188,7 +188,7 @@ class PPOConfig(RLOOConfig):
                 "the pretraining text, and must not be below 0; 0 does without"
             )
         if self.use_vllm:
-            raise UserError("use_vllm (True): the critic hangs on the policy, set it False")
+            raise UserError("use_vllm (True): weights are not sent there, set it False")
         if not self.disable_dropout:
             raise UserError("disable_dropout (False): PPO compares log-probabilities, set it True")
         plain = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}

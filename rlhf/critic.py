@@ -40,9 +40,7 @@ class Critic(nn.Module):
     def forward(self, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Tensor:
         """Values of the masked tokens, (N,) float32 in row-major order."""
         states = token_states(self.model.base_model, input_ids, prompt_lengths, mask)
-        with torch.autocast(states.device.type, enabled=False):
-            scores = self.model.score(states.float())[:, 0]
-        return (scores - self.score_mean) / self.score_std
+        return (read_head(self.model.score, states) - self.score_mean) / self.score_std
 
     def save(self, folder: Path, write: bool) -> None:
         """A standard sequence-classification model; every process calls, one of them writes."""
@@ -69,8 +67,7 @@ class ValueHead(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Values of the states (N, H) before the masked tokens, (N,) float32."""
-        with torch.autocast(states.device.type, enabled=False):
-            return self.score(states.float())[:, 0]
+        return read_head(self.score, states)
 
     def save(self, folder: Path, write: bool) -> None:
         """The head; every process calls, one of them writes."""
@@ -82,6 +79,13 @@ class ValueHead(nn.Module):
     def load(self, folder: Path) -> None:
         """Take back the weights that `save` wrote."""
         load_whole_state(self, load_file(folder / WEIGHTS))
+
+
+def read_head(head: nn.Linear, states: Tensor) -> Tensor:
+    """A head's scores of states (N, H), (N,), in float32 whatever the precision around it."""
+    with torch.autocast(states.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.float()
+        return nn.functional.linear(states.float(), head.weight.float(), bias)[:, 0]
 
 
 def build_critic(

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from common.arden.task import ArdenTask
@@ -30,12 +31,12 @@ def gold(task: ArdenTask, chats: list[Chat]) -> float:
     )
 
 
-def measured_prompts(
+def measured_rows(
     task: Task, parent: Path, tokenizer: PreTrainedTokenizerFast, config: AlignConfig
-) -> list[Chat]:
+) -> Dataset:
     """The prompts that score, KL and gold are measured on."""
     wanted = config.evaluate_on, config.eval_prompts
-    return list(align_prompts(task, parent, tokenizer, config, *wanted)["prompt"])
+    return align_prompts(task, parent, tokenizer, config, *wanted)
 
 
 def measure_best_of(
@@ -51,7 +52,7 @@ def measure_best_of(
     Returns:
         `score_best_of_<n>`, and on Arden `gold_best_of_<n>`.
     """
-    prompts = measured_prompts(stage.task, stage.parent, tokenizer, config)
+    prompts = list(measured_rows(stage.task, stage.parent, tokenizer, config)["prompt"])
     chooser = Chooser(model, tokenizer, score, n, config.max_new_tokens)
     best = chooser.best(prompts, n)
     figures = {f"score_best_of_{n}": mean_score([value for _, value in best])}
@@ -95,7 +96,7 @@ def measure(
         measured = stage.task.measure(answer_at(temperature), config.evaluate_on)
         for name, value in measured.items():
             figures[SHORT_NAMES.get(name, name) + ending] = value
-    prompts = measured_prompts(stage.task, stage.parent, tokenizer, config)
+    prompts = list(measured_rows(stage.task, stage.parent, tokenizer, config)["prompt"])
     chats = draw_chats(model, tokenizer, prompts, config.max_new_tokens)
     if isinstance(stage.task, ArdenTask):
         figures["gold_drawn"] = gold(stage.task, chats)

@@ -13,6 +13,7 @@ completions. An answer that was cut off passes for a finished one there.
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -117,12 +118,17 @@ def build_dpo(
 
 
 def preferences(chooser: Chooser, prompts: list[Chat]) -> Dataset:
-    """`prompt`, `chosen`, `rejected` rows: a prompt's best and worst draw, unless they tie."""
+    """`prompt`, `chosen`, `rejected` rows: a prompt's best and worst draw, unless they tie.
+
+    A draw that no reward has a number for is neither.
+    """
     rows = []
     chooser.best(prompts, 1)
     for prompt in prompts:
         answers, scores = chooser.all_of(prompt)
-        best, worst = scores.index(max(scores)), scores.index(min(scores))
+        known = [place for place, score in enumerate(scores) if not math.isnan(score)]
+        best = max(known, key=scores.__getitem__, default=0)
+        worst = min(known, key=scores.__getitem__, default=0)
         if scores[best] > scores[worst]:
             rows.append(
                 {

@@ -29,7 +29,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.batches import Chat, render
-from common.errors import UserError
+from common.errors import LocalError, UserError
 from common.scoring import score_chats
 from rlhf.ensemble import Ensemble
 
@@ -86,13 +86,13 @@ def load_function(name: str) -> Callable[..., list[float | None]]:
 
 @contextlib.contextmanager
 def one_line(name: str) -> Iterator[None]:
-    """What goes wrong in the code of the reward `name`, with its place, as a `UserError`."""
+    """What goes wrong in the code of the reward `name`, with its place, as a `LocalError`."""
     try:
         yield
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(
+        raise LocalError(
             f"reward ({name}) fails at {place.filename}, line {place.lineno}: {said}"
         ) from error
 
@@ -108,7 +108,7 @@ def checked(name: str, function: Callable[..., Any]) -> Callable[..., list[float
         wrong = [value for value in scores if value is not None and not math.isfinite(value)]
         if wrong or len(scores) != len(completions):
             said = f"{wrong[0]}" if wrong else f"{len(scores)} scores"
-            raise UserError(
+            raise LocalError(
                 f"reward ({name}) gives {said} for {len(completions)} completions: expected a "
                 "finite number, or None, for each"
             )

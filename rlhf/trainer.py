@@ -148,7 +148,7 @@ class PPOTrainer(ActorCriticTrainer):
         args, rows = self.args, len(finished)
         weighted = (rewards_per_func * self.reward_weights.to(rewards_per_func)).nansum(1)
         scorable = ~rewards_per_func.isnan().all(1)  # all processes' rows, like the rewards
-        if not scorable.any():
+        if self.model.training and not scorable.any():
             raise UserError(f"{self._where()}: no reward has a number for any of its answers")
         mine = slice(self.accelerator.process_index * rows, None)
         mean, std = args.score_scale
@@ -162,7 +162,8 @@ class PPOTrainer(ActorCriticTrainer):
         )
         self._log_rollout(rollout, finished, scorable[mine][:rows])
         lengths = self.accelerator.gather(rollout.completion_mask.sum(1)).float()
-        self._log_scores(rewards_per_func, weighted[scorable], lengths[scorable])
+        if scorable.any():  # of a batch to evaluate on it may be none
+            self._log_scores(rewards_per_func, weighted[scorable], lengths[scorable])
         return scores
 
     def _estimate_advantages(self, rollout: Rollout) -> None:
@@ -279,7 +280,8 @@ class PPOTrainer(ActorCriticTrainer):
                 metrics[name].append(total[name] / total["completions"])
         if self.model.training:
             self.rollout_kl = total["kl"] / total["completions"]
-        metrics["reward"].append(total["reward"] / total["scorable"])
+        if total["scorable"]:
+            metrics["reward"].append(total["reward"] / total["scorable"])
         metrics["entropy"].append(total["entropy"] / max(total["length"], 1))
 
     def _log_scores(self, rewards_per_func: Tensor, scores: Tensor, lengths: Tensor) -> None:

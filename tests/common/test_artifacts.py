@@ -74,8 +74,36 @@ def test_a_run_is_kept_until_the_one_that_replaces_it_is_finished(tmp_path: Path
     start(old.path, seed=1, overwrite=True)  # fails
     start(old.path, seed=2)  # fails, too, without a checkpoint
     assert (old.path / "replaced" / "summary.json").read_text() == '{\n  "seed": 0\n}\n'
-    start(old.path, seed=3).settle()
+    write_text(start(old.path, seed=3).checkpoints / "x", "of an unfinished run")
+    start(old.path, seed=4, overwrite=True)  # that of the finished one is worth more
+    assert (old.path / "replaced" / "summary.json").read_text() == '{\n  "seed": 0\n}\n'
+    start(old.path, seed=5).settle()
     assert not (old.path / "replaced").exists() and (tmp_path / "elsewhere" / "x").exists()
+
+
+@pytest.mark.parametrize("moved", [1, 2, 3])
+def test_setting_aside_goes_on_after_a_kill(
+    tmp_path: Path, moved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before its n-th file. Broken by what tells of the run moved before the rest."""
+    old = start(tmp_path)
+    for name in ("model.safetensors", "summary.json"):
+        write_json(old.path / name, {})
+    rename, calls = Path.rename, []
+
+    def killed(path: Path, target: Path) -> Path:
+        calls.append(path)
+        if len(calls) > moved:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, seed=1, overwrite=True)
+    monkeypatch.setattr(Path, "rename", rename)
+    output = start(tmp_path, seed=1, overwrite=True)
+    names = {"config.yaml", "manifest.json", "model.safetensors", "summary.json"}
+    assert {path.name for path in (output.path / "replaced").iterdir()} == names
 
 
 def test_a_run_does_not_write_where_it_reads_nor_reads_the_wrong_kind(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from trl import RewardConfig, SFTConfig
 
 from common.config import config_values, parse_config, run
-from common.errors import UserError
+from common.errors import LocalError, UserError
 from common.stage import TRAINER_DEFAULTS
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.lesson import LessonConfig
@@ -136,13 +136,28 @@ def test_fields_of_others_are_passed_over_and_misspelt_ones_are_not() -> None:
         parse_config(Small, args=["--max_lenght", "5"], others=(SFTConfig,))
 
 
+def test_every_process_tells_of_what_it_alone_has_met(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken once: a reward function's fault on the second process ended the run without a word."""
+    monkeypatch.setenv("RANK", "1")
+    for error, said in ((UserError("all"), ""), (LocalError("I"), "error: I\n")):
+
+        def main(error: UserError = error) -> None:
+            raise error
+
+        with pytest.raises(SystemExit):
+            run(main)
+        assert capsys.readouterr().err == said
+
+
 def test_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stop:
         run(main)
-    assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert stop.value.code == 130 and "stopped; a stage goes on from" in capsys.readouterr().err
 
 
 def test_missing_file_and_run(capsys: pytest.CaptureFixture[str]) -> None:

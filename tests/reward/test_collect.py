@@ -127,13 +127,14 @@ def test_each_labeller_and_another_configuration(toy: Path, tmp_path: Path) -> N
 
 def test_answers_for_people_to_rank(toy: Path, tmp_path: Path) -> None:
     """Of prompts alone. Whoever adds scores gets those pairs, and holds out what the prompts'
-    reader does. Broken by the prompts to train on alone, and by writing over what people added."""
-    questions, folder = tmp_path / "asked.jsonl", tmp_path / "rankings"
+    reader does. Broken by the prompts to train on alone, by writing over what people added, and by
+    the folder of the rankings, which then were of another configuration than the file in it."""
+    questions = tmp_path / "asked.jsonl"
     asked = [{"prompt": f"How many are {n}?"} for n in range(40)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in asked))
     config = configure(toy, questions, labeller="people", validation_fraction=0.2)
     args = RewardConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    task = load_task(str(questions), validation_fraction=0.2)
+    task, folder = load_task(str(questions), validation_fraction=0.2), config.folder(str(tmp_path))
     with pytest.raises(UserError, match=r"let `make rankings` write answers\.jsonl"):
         collect(config, args, task, folder)
     path = collect_answers(config, args, task, folder)
@@ -148,3 +149,6 @@ def test_answers_for_people_to_rank(toy: Path, tmp_path: Path) -> None:
         prompts = task.prompt_rows(theirs, 99)["prompt"]
         assert {str(p) for p in pairs["prompt"]} == {str(p) for p in prompts}
         assert set(pairs["margin"]) <= {1.0, 2.0, 3.0}
+    config = configure(toy, path, validation_fraction=0.2)
+    collect(config, args, given, config.folder(str(tmp_path)))
+    assert len(list((tmp_path / "rankings").glob("*.jsonl"))) == 2 and path.exists()
