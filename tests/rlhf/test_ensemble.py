@@ -70,7 +70,7 @@ def test_centred_on_prompts_that_leave_room(
 
     monkeypatch.setattr("rlhf.align.draw_chats", draw)
     monkeypatch.setattr("rlhf.align.require_go", lambda *_: None)
-    monkeypatch.setattr("rlhf.align.require_parent", lambda name, _: name)
+    monkeypatch.setattr("rlhf.align.require_parent", lambda name, _: Path(name))
     monkeypatch.setattr("rlhf.align.require_same_tokenizer", lambda *_: None)
     prompts = [[{"role": "user", "content": " ".join(["w4"] * n)}] for n in (3, 126)]
     task: Any = SimpleNamespace(
