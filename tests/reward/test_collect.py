@@ -117,6 +117,8 @@ def test_each_labeller_and_another_configuration(toy: Path, tmp_path: Path) -> N
     given = run(labeller=ranked, validation_fraction=0.1, overwrite="true")
     assert len(given) == 18 and given[0]["rejected"][0]["content"] == "No."
     shards = [json.loads(line) for line in kept.splitlines()]
+    for row in shards:  # a toy may say the same twice
+        row["answers"] = [f"{answer} {n}" for n, answer in enumerate(row["answers"])]
     ranked.write_text("".join(json.dumps(row | {"scores": [4, 3, 2, 1]}) + "\n" for row in shards))
     by_hand = run(labeller=ranked, validation_fraction=0.2, overwrite="true")
     first = next(row for row in shards if row["prompt"] == by_hand[0]["prompt"])
