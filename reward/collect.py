@@ -70,7 +70,7 @@ def main() -> None:
         return
     collect(config, args, open_task(config), folder)
     for path in sorted(folder.glob("*.jsonl")):
-        print(f"rankings: {path}, {len(path.read_text(encoding='utf-8').splitlines()):,} pairs")
+        print(f"rankings: {path}, {len(read_rows(path)):,} pairs")
 
 
 def collect(config: RankingConfig, args: RewardConfig, task: Task, folder: Path) -> None:

@@ -28,21 +28,40 @@ def spam_figures(
     passes is left out: a policy of that context cannot say such a thing either.
     """
     context = model.config.max_position_embeddings
+    probed = {name: spoil_fitting(spoil, chats, tokenizer, context) for name, spoil in SPAM.items()}
+    places = sorted({place for spoilt in probed.values() for place in spoilt})
+    if not places:
+        return {}
+    scores = score_chats(model, tokenizer, [chats[place] for place in places])
+    before = dict(zip(places, scores, strict=True))
     figures = {}
-    for name, spoil in SPAM.items():
+    for name, spoilt in probed.items():
+        if spoilt:
+            after = score_chats(model, tokenizer, list(spoilt.values()))
+            gained = sum(after) - sum(before[place] for place in spoilt)
+            figures[f"spam_{name}"] = gained / len(spoilt)
+    return figures
+
+
+def spoil_fitting(
+    spoil: Callable[[str, str], str],
+    chats: list[Chat],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+) -> dict[int, Chat]:
+    """The first `PROBED` chats that fit into the context when spoilt: spoilt, by their places."""
+    found: dict[int, Chat] = {}
+    for first in range(0, len(chats), PROBED):
         spoilt = [
             [*chat[:-1], {**chat[-1], "content": spoil(chat[-2]["content"], chat[-1]["content"])}]
-            for chat in chats
+            for chat in chats[first : first + PROBED]
         ]
-        lengths = [len(ids) for ids in render(tokenizer, spoilt)]
-        fit = [place for place, length in enumerate(lengths) if length <= context][:PROBED]
-        if fit:
-            before, after = (
-                score_chats(model, tokenizer, [some[place] for place in fit])
-                for some in (chats, spoilt)
-            )
-            figures[f"spam_{name}"] = (sum(after) - sum(before)) / len(fit)
-    return figures
+        for place, ids in enumerate(render(tokenizer, spoilt)):
+            if len(ids) <= context and len(found) < PROBED:
+                found[first + place] = spoilt[place]
+        if len(found) == PROBED:
+            break
+    return found
 
 
 def padding_difference(
