@@ -30,8 +30,11 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "text": {"text": Value("large_string")},
     "messages": {"messages": _MESSAGES},
     "preference": {
-        **{"prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES},
-        **{"margin": Value("float64"), "kind": Value("string")},
+        "prompt": _MESSAGES,
+        "chosen": _MESSAGES,
+        "rejected": _MESSAGES,
+        "margin": Value("float64"),
+        "kind": Value("string"),
     },
     "prompt": {"prompt": _MESSAGES},
 }

@@ -84,6 +84,10 @@ class Row:
             raise BadRow(f"{name} is {_show(value)}; expected text, or a list of messages")
         return [_message(item, f"{name}[{i}]") for i, item in enumerate(value)]
 
+    def kind(self) -> str | None:
+        """The optional column `kind` of ranked answers."""
+        return self.text("kind") if self.has("kind") else None
+
     def system(self) -> Messages:
         """The optional column `system`, as a turn of its own."""
         value = self.values.get(self.name("system"))
@@ -210,7 +214,7 @@ def _preference(prompt_field: str | None) -> Callable[[Row], dict[str, Any]]:
             "chosen": chosen[-1:],
             "rejected": rejected[-1:],
             "margin": row.number("margin"),
-            "kind": row.text("kind") if row.has("kind") else None,
+            "kind": row.kind(),
         }
 
     return convert
@@ -239,14 +243,13 @@ def _ranked(row: Row) -> list[dict[str, Any]]:
         if said[one] == said[other] and scores[one] != scores[other]:
             name = row.name("answers")
             raise BadRow(f'"{name}"[{one}] and [{other}] are the same with different scores')
-    kind = row.text("kind") if row.has("kind") else None
     return [
         {
             "prompt": prompt,
             "chosen": said[one],
             "rejected": said[other],
             "margin": float(scores[one] - scores[other]),
-            "kind": kind,
+            "kind": row.kind(),
         }
         for one in range(len(said))
         for other in range(len(said))

@@ -9,7 +9,6 @@ them with `reward_weights` (rlhf/rewards.py). On Arden `--reward judge` takes th
 instead, to see what a perfect reward would do.
 """
 
-import math
 import statistics
 import sys
 from typing import Any
@@ -48,6 +47,7 @@ from rlhf.rewards import (
     further_columns,
     hash_function,
     is_function,
+    known_scores,
     score_answers,
     weigh,
 )
@@ -86,8 +86,7 @@ def main() -> None:
 
     # the scale of scores is of prompts to train on: what is measured on is not looked at
     asked = list(prompts.shuffle(seed=0)["prompt"])[: config.eval_prompts]
-    scores = score(draw_chats(policy, tokenizer, asked, config.max_new_tokens))
-    known = [score for score in scores if not math.isnan(score)]
+    known = known_scores(score(draw_chats(policy, tokenizer, asked, config.max_new_tokens)))
     if not known:
         raise UserError(f"reward ({', '.join(config.reward)}) has no number for any answer")
     with args.main_process_first():

@@ -39,7 +39,6 @@ from rlhf.critic import (
     read_completions,
 )
 from rlhf.prompts import check_inputs
-from rlhf.rewards import weigh
 from rlhf.sampling import sample_fast
 from rlhf.score import RewardFunc, TokenScorer, as_function, turn_suffix
 
@@ -100,8 +99,7 @@ class ActorCriticTrainer(RLOOTrainer):
             )
             self.ptx.require_one_each(self.accelerator, args.gradient_accumulation_steps)
         sample_fast(self, args.graph_decoding)
-        weights = weigh(funcs, args.reward_weights)
-        pairs = zip(scorers, weights, strict=True)
+        pairs = zip(scorers, self.reward_weights.tolist(), strict=True)
         models = [(f, w) for f, w in pairs if isinstance(f, TokenScorer) and w]
         self._add_critic(*models[0] if models else (None, 1.0))
 

@@ -188,7 +188,12 @@ def further_columns(rows: Iterable[dict[str, Any]], chats: list[Chat]) -> dict[s
     return {name: [row.get(name) for row in asked] for name in sorted(names)}
 
 
+def known_scores(scores: list[float]) -> list[float]:
+    """Those of `score_answers` that are a number."""
+    return [score for score in scores if not math.isnan(score)]
+
+
 def mean_score(scores: list[float]) -> float:
-    """Of those that have a number; NaN if none has."""
-    known = [score for score in scores if not math.isnan(score)]
+    """Of those that are a number; NaN if none is."""
+    known = known_scores(scores)
     return statistics.fmean(known) if known else math.nan
