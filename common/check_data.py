@@ -22,11 +22,11 @@ from common.artifacts import require_parent
 from common.config import parse_config, run
 from common.data import opening
 from common.errors import UserError
-from common.lengths import LengthReport, contents, measure_lengths, require_known
+from common.lengths import LengthReport, measure_lengths
 from common.rows import Messages
 from common.stage import open_task
 from common.tasks import Task
-from common.tokenizer import count_unknown, load_tokenizer
+from common.tokenizer import load_tokenizer
 from reward.collect import label, open_rankings
 from reward.config import BY_PEOPLE, RankingConfig, RewardModelConfig
 from sft.__main__ import FineTuneConfig
@@ -58,14 +58,12 @@ def main() -> None:
         name: measure_lengths(part, tokenizer, config.max_length) for name, part in parts.items()
     }
     print(f"{stage}: {config.data}, as the tokenizer of {config.model_name_or_path} reads it\n")
-    for name, part in parts.items():
-        print(f"{name}\n{describe_lengths(part, reports[name], tokenizer, stage)}\n")
+    for name in parts:
+        print(f"{name}\n{describe_lengths(reports[name], stage)}\n")
     print(f"repeated\n{describe_repeats(train, held_out)}\n")
     print(f"one row, as the model reads it\n{show_row(train[0], tokenizer, config.max_length)}\n")
-    for name, report in reports.items():
-        report.require_kept(config.max_lost_share)
-        report.require_context(config.model_name_or_path)
-        require_known(parts[name], tokenizer, config.max_lost_share)
+    for report in reports.values():
+        report.require_learnable(config.model_name_or_path, config.max_lost_share)
 
 
 def _stage_of(arguments: list[str]) -> str:
@@ -89,11 +87,8 @@ def _rows(task: Task, stage: str, config: CheckConfig, part: str) -> Dataset:
     return label(config, task, lambda asked: [[] for _ in asked], split, count, torch.device("cpu"))
 
 
-def describe_lengths(
-    rows: Dataset, report: LengthReport, tokenizer: PreTrainedTokenizerFast, stage: str
-) -> str:
+def describe_lengths(report: LengthReport, stage: str) -> str:
     """Counts, a histogram, and what is lost and why, in words."""
-    unknown = count_unknown(tokenizer, contents(rows))
     lines = [f"  {report}", *(f"  {line}" for line in report.histogram().splitlines())]
     if report.truncated:
         lines.append(f"  longest: {report.longest_row}, {report.longest:,} tokens")
@@ -103,8 +98,6 @@ def describe_lengths(
             cut = report.truncated - report.unanswered
             lines.append(f"  cut: {cut:,} rows, which lose their end, <eos> included")
             lines.append(f"  dropped: {report.unanswered:,} rows, all of whose answer is cut off")
-    if unknown:
-        lines.append(f"  unknown: {unknown:,} characters that the tokenizer never saw")
     return "\n".join(lines)
 
 

@@ -32,6 +32,8 @@ class LengthReport:
     tokens_cut: int
     unanswered: int  # rows with a sequence of which no token of an assistant is left
     longest_row: str  # its file, row and field
+    characters: int = 0  # of all that is said
+    unknown: int = 0  # of these, such as the tokenizer never saw; it reads them all as one
 
     @property
     def rows(self) -> int:
@@ -50,13 +52,32 @@ class LengthReport:
         return 0 if limit is None else sum(length > limit for length in self.row_lengths)
 
     def __str__(self) -> str:
-        size = f"{self.rows:,} rows, {self.tokens:,} tokens, longest {self.longest:,}"
+        said = f"{self.rows:,} rows, {self.tokens:,} tokens, longest {self.longest:,}; "
         if self.max_length is None:
-            return f"{size}; no max_length"
+            said += "no max_length"
+        else:
+            said += (
+                f"max_length {self.max_length:,} cuts {self.truncated:,} rows and "
+                f"{self.tokens_cut:,} tokens, and leaves {self.unanswered:,} rows without any "
+                "answer"
+            )
+        return f"{said}; {self._unknown()}" if self.unknown else said
+
+    def _unknown(self) -> str:
         return (
-            f"{size}; max_length {self.max_length:,} cuts {self.truncated:,} rows and "
-            f"{self.tokens_cut:,} tokens, and leaves {self.unanswered:,} rows without any answer"
+            f"{self.unknown:,} of {self.characters:,} characters are unknown to the tokenizer and "
+            "read as one"
         )
+
+    def require_learnable(self, model: str | Path, max_lost_share: float) -> None:
+        """Refuse rows of which `model` would learn too little.
+
+        Raises:
+            UserError: too many do not fit, one exceeds the context, or too much is unknown.
+        """
+        self.require_kept(max_lost_share)
+        self.require_context(model)
+        self.require_known(max_lost_share)
 
     def require_kept(self, max_lost_share: float) -> None:
         """Refuse to train on what is left of too few rows.
@@ -84,6 +105,18 @@ class LengthReport:
             raise UserError(
                 f"{self.longest_row} gives {kept:,} tokens, and the model's context is "
                 f"{context:,} (block_size in pretraining): set max_length to {context}"
+            )
+
+    def require_known(self, max_lost_share: float) -> None:
+        """Refuse text that is made of other characters than the model's.
+
+        Raises:
+            UserError: the tokenizer never saw more than `max_lost_share` of the characters.
+        """
+        if self.unknown > max_lost_share * self.characters:
+            raise UserError(
+                f"{self._unknown()}, more than max_lost_share ({max_lost_share:g}): pretrain on "
+                "text that has them, or with a BPE, or allow it by --max_lost_share"
             )
 
     def histogram(self, bins: int = 8) -> str:
@@ -124,33 +157,23 @@ def measure_lengths(
                 field = fields[lengths.index(longest)] if fields else "text"
                 field = f'{_place(dataset, len(row_lengths))}, "{field}"'
             row_lengths.append(max(lengths))
-    return LengthReport(max_length, row_lengths, tokens, tokens_cut, unanswered, field)
+    return LengthReport(
+        max_length=max_length,
+        row_lengths=row_lengths,
+        tokens=tokens,
+        tokens_cut=tokens_cut,
+        unanswered=unanswered,
+        longest_row=field,
+        characters=sum(map(len, _contents(dataset))),
+        unknown=count_unknown(tokenizer, _contents(dataset)),
+    )
 
 
-def contents(rows: Dataset) -> Iterator[str]:
+def _contents(rows: Dataset) -> Iterator[str]:
     """What is said in the rows, message by message."""
     for row in rows:
         for name in ("messages", "prompt", "chosen", "rejected"):
             yield from (message["content"] for message in row.get(name) or [])
-
-
-def require_known(rows: Dataset, tokenizer: PreTrainedTokenizerFast, max_lost_share: float) -> None:
-    """Say how many characters of the rows the tokenizer never saw; it reads them all as one.
-
-    Raises:
-        UserError: more than `max_lost_share` of them.
-    """
-    unknown = count_unknown(tokenizer, contents(rows))
-    if not unknown:
-        return
-    characters = sum(map(len, contents(rows)))
-    said = f"{unknown:,} of {characters:,} characters are unknown to the tokenizer"
-    if unknown > max_lost_share * characters:
-        raise UserError(
-            f"{said}, more than max_lost_share ({max_lost_share:g}): pretrain on text that has "
-            "them, or with a BPE, or allow it by --max_lost_share"
-        )
-    print(f"{said} and read as {tokenizer.unk_token}")
 
 
 def keep_answerable(

@@ -29,7 +29,7 @@ from common.artifacts import MetricsFile, require_parent, require_same_tokenizer
 from common.batches import render
 from common.config import parse_config, run
 from common.errors import UserError
-from common.lengths import LengthReport, measure_lengths, require_known
+from common.lengths import LengthReport, measure_lengths
 from common.reward_gpt import logprob_scorer
 from common.scoring import score_chats
 from common.sharded import whole_model
@@ -81,9 +81,7 @@ def main() -> None:
         lengths = measure_lengths(rows, tokenizer, args.max_length)
         if args.process_index == 0:
             print(f"reward, {split}: {lengths}")
-            require_known(rows, tokenizer, config.max_lost_share)
-        lengths.require_kept(config.max_lost_share)
-        lengths.require_context(stage.parent)
+        lengths.require_learnable(stage.parent, config.max_lost_share)
         pairs[split] = keep_fitting(rows, lengths)
     train, held_out = pairs["train"], pairs[config.evaluate_on]
     without = [split for split, rows in pairs.items() if "margin" not in rows.column_names]

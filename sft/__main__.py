@@ -24,7 +24,7 @@ from common.artifacts import MetricsFile, require_kind, require_parent
 from common.config import parse_config, require, run
 from common.errors import UserError
 from common.generation import generate_answers
-from common.lengths import measure_lengths, require_known
+from common.lengths import measure_lengths
 from common.pretraining_text import PretrainingText
 from common.sharded import whole_model
 from common.stage import (
@@ -120,9 +120,7 @@ def main() -> None:
             for name, rows in (("to train on", data), ("held out", held_out)):
                 lengths = measure_lengths(rows, tokenizer, args.max_length)
                 print(f"sft, {name}: {lengths}")
-                lengths.require_kept(config.max_lost_share)
-                lengths.require_context(stage.parent)
-                require_known(rows, tokenizer, config.max_lost_share)
+                lengths.require_learnable(stage.parent, config.max_lost_share)
             stage.output.start()
     trainer = trainer_class(
         model=base,

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from common.errors import UserError
-from common.lengths import LengthReport, keep_answerable, measure_lengths, require_known
+from common.lengths import LengthReport, keep_answerable, measure_lengths
 from common.tokenizer import train_characters
 from tests.chats import say
 
@@ -76,15 +76,17 @@ def test_rows_beyond_the_context_are_refused(tmp_path: Path, shape: str):
         report(90, 10, max_length=65).require_context(tmp_path)
 
 
-def test_characters_that_the_tokenizer_never_saw(capsys: pytest.CaptureFixture[str]) -> None:
+def test_characters_that_the_tokenizer_never_saw() -> None:
     """Broken by saying nothing, as it was: Chinese questions were fine-tuned on as one sign."""
     rows = Dataset.from_list([{"messages": say("u: aa", "a: bd")}])
-    require_known(rows, train_characters(["abd"]), 0.1)
-    assert not capsys.readouterr().out
-    require_known(rows, train_characters(["ab"]), 0.25)
-    assert "1 of 4 characters are unknown to the tokenizer" in capsys.readouterr().out
+    known = measure_lengths(rows, train_characters(["abd"]), None)
+    known.require_known(0.1)
+    assert "unknown" not in str(known)
+    some = measure_lengths(rows, train_characters(["ab"]), None)
+    some.require_known(0.25)
+    assert "; 1 of 4 characters are unknown to the tokenizer" in str(some)
     with pytest.raises(UserError, match=r"1 of 4 characters .*, more than max_lost_share \(0\.1\)"):
-        require_known(rows, train_characters(["ab"]), 0.1)
+        some.require_known(0.1)
 
 
 def test_histogram_by_hand():
