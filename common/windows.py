@@ -13,6 +13,7 @@ from common.token_file import JoinedTokens
 
 Tokens = NDArray[np.unsignedinteger] | JoinedTokens
 LOOKED_THROUGH = 1 << 22  # tokens at a time, so that memory does not grow with the text
+LOOKED_BACK = 64  # windows in which a document's beginning is looked for
 
 
 def training_starts(
@@ -40,16 +41,22 @@ def _epoch(windows: int, block_size: int, epoch: int, seed: int) -> NDArray[np.i
 def back_to_beginnings(
     tokens: Tokens, starts: NDArray[np.int64], block_size: int, bos_token_id: int
 ) -> NDArray[np.int64]:
-    """Each start moved back to where its document begins, if that is within `block_size`: (B,).
+    """Each start moved back to a whole number of windows behind its document's beginning: (B,).
 
     A window that begins inside a document shows facts whose name was cut off, which cannot be
-    learned, only guessed. What then lies between two windows waits for the next epoch.
+    learned, only guessed. Of a long document every whole window is read in every epoch, and what is
+    left at its end, like a short document, as often as it is long. Text without documents, and what
+    is more than `LOOKED_BACK` windows behind its beginning, stays where it is.
 
-    With bos 1 and tokens 1 8 9 8 1 8, starts 2 and 5 become 0 and 4.
+    With bos 1, tokens 1 8 9 8 7 1 8 and windows of 3, starts 2, 4 and 6 become 0, 3 and 5.
     """
-    places = starts[:, None] - np.arange(block_size)  # (B, T), from the start backwards
-    begins = tokens[places.clip(min=0)] == bos_token_id
-    return starts - begins.argmax(axis=1)  # the nearest; 0 back where there is none
+    moved = starts.copy()
+    for row, start in enumerate(starts):
+        stretch = np.asarray(tokens[max(0, start + 1 - LOOKED_BACK * block_size) : start + 1])
+        begins = np.flatnonzero(stretch == bos_token_id)
+        if len(begins):
+            moved[row] -= (len(stretch) - 1 - begins[-1]) % block_size
+    return moved
 
 
 def document_begins(tokens: Tokens, bos_token_id: int) -> NDArray[np.int64]:

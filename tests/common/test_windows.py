@@ -1,6 +1,7 @@
 """Which tokens a step trains on and which the evaluation reads."""
 
 import numpy as np
+import pytest
 
 from common.windows import back_to_beginnings, evaluation_spans, source_rows, training_starts
 
@@ -30,9 +31,30 @@ def test_windows_move_back_to_where_their_document_begins() -> None:
     tokens = np.array([1, 8, 9, 8, 1, 8, 1, 8, 8], dtype=np.uint16)
     starts = np.arange(len(tokens))
     assert back_to_beginnings(tokens, starts, 4, 1).tolist() == [0, 0, 0, 0, 4, 4, 6, 6, 6]
-    assert back_to_beginnings(tokens, starts, 2, 1).tolist() == [0, 0, 2, 3, 4, 4, 6, 6, 8]
+    assert back_to_beginnings(tokens, starts, 2, 1).tolist() == [0, 0, 2, 2, 4, 4, 6, 6, 8]
     stream = np.array([8, 8, 1], dtype=np.uint16)
     assert back_to_beginnings(stream, starts[:3], 3, 1).tolist() == [0, 1, 2]
+
+
+def test_every_whole_window_of_a_long_document_is_read_in_every_epoch() -> None:
+    """Broken by moving the starts of its first window alone: the tokens behind that were read in
+    one epoch of five."""
+    size, document = 8, [1] + [8] * 28  # three windows of 8 and 5 more
+    tokens = np.array(document * 20 + [1], dtype=np.uint16)
+    count = (len(tokens) - 1) // size - 1
+    for epoch in range(20):
+        starts = training_starts(len(tokens), size, epoch, count, seed=0)
+        moved = back_to_beginnings(tokens, starts, size, 1)
+        read = np.bincount(moved % len(document), minlength=29)
+        assert set(np.flatnonzero(read)) <= {0, 8, 16, 24}  # the whole windows, and the rest
+        assert (read[[8, 16]] >= 19).all() and read[0] >= 19  # of 20; the text's ends are cut
+
+
+def test_what_is_far_behind_its_beginning_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a stream without documents is not searched to its start at every step."""
+    tokens = np.array([1] + [8] * 20, dtype=np.uint16)
+    monkeypatch.setattr("common.windows.LOOKED_BACK", 3)
+    assert back_to_beginnings(tokens, np.array([11, 12]), 4, 1).tolist() == [8, 12]
 
 
 def test_evaluation_predicts_every_token_but_the_first_once() -> None:
