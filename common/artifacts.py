@@ -62,6 +62,7 @@ class StageOutput:
         config: the resolved configuration; without incidental fields it identifies the run.
         sources: hashes of what the run reads, e.g. {"parent": ..., "data": ...}.
         overwrite: let `start` set aside what another configuration left there.
+        incidental: names of further fields that have no influence on the weights.
 
     Nothing is touched before `start`, which one process calls: several may look at the same time.
     `finished`: the run is there. `replaces`: what is there is another one, which has to go.
@@ -76,16 +77,22 @@ class StageOutput:
     """
 
     def __init__(
-        self, path: str, config: dict[str, Any], sources: dict[str, str], overwrite: bool = False
+        self,
+        path: str,
+        config: dict[str, Any],
+        sources: dict[str, str],
+        overwrite: bool = False,
+        incidental: frozenset[str] = frozenset(),
     ) -> None:
         if not path.strip():
             raise UserError("output_dir is empty: name a folder of its own for the run")
         self.path = Path(path)
         self.config = config
-        identity = {name: value for name, value in config.items() if name not in INCIDENTAL}
+        passed_over = INCIDENTAL | incidental
+        identity = {name: value for name, value in config.items() if name not in passed_over}
         self.manifest = {"config": identity, "sources": sources}
         old = self._read_manifest()
-        changed = "" if old is None else _first_difference(old, self.manifest)
+        changed = "" if old is None else _first_difference(old, self.manifest, passed_over)
         if changed and not overwrite and self._holds_work():
             raise UserError(
                 f"{self.path} holds a run with {changed}: "
@@ -364,12 +371,12 @@ def _hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+def _first_difference(old: dict[str, Any], new: dict[str, Any], passed_over: set[str]) -> str:
     """E.g. `seed 1 (now 2)`; empty where configuration and sources are equal."""
     for group in ("config", "sources"):
         before, after = old.get(group, {}), new[group]
         for name in {**before, **after}:
-            if before.get(name) != after.get(name):
+            if name not in passed_over and before.get(name) != after.get(name):
                 if group == "sources":
                     return f"another {name}"
                 return f"{name} {before.get(name)} (now {after.get(name)})"

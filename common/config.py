@@ -30,6 +30,8 @@ INCIDENTAL = {
     "overwrite",
     "logging_dir",
     "report_to",
+    "logging_steps",
+    "save_steps",
     "dataloader_num_workers",
     "disable_tqdm",
 }

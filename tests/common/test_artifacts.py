@@ -43,6 +43,21 @@ def test_same_run_goes_on_and_another_is_refused(tmp_path: Path) -> None:
     assert not (output.checkpoints / "x").exists()
 
 
+def test_what_has_no_influence_may_change(tmp_path: Path) -> None:
+    """Nor does a manifest of old that has it stand in the way. Broken by a run that was refused its
+    own folder for another save_steps."""
+    start(tmp_path)
+    config, sources = {"seed": 0, "save_steps": 5, "eval_steps": 7}, {"parent": "abc"}
+    manifest = {"config": config | {"save_steps": 9}, "sources": sources}
+    write_json(tmp_path / "manifest.json", manifest)
+    write_text(tmp_path / "checkpoints" / "x", "precious")
+    StageOutput(str(tmp_path), config, sources)
+    config = config | {"eval_steps": 8}
+    StageOutput(str(tmp_path), config, sources, incidental=frozenset({"eval_steps"}))
+    with pytest.raises(UserError, match=r"holds a run with eval_steps 7 \(now 8\)"):
+        StageOutput(str(tmp_path), config, sources)
+
+
 def test_what_no_run_has_left_is_in_no_danger(tmp_path: Path) -> None:
     """Broken once: a first run that failed, then another, and a folder of books was deleted."""
     (tmp_path / "book.txt").write_text("mine")
