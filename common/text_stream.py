@@ -7,6 +7,7 @@ stream_texts(sources, after=batch.place)        # those that follow
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,10 @@ class TextBatch(NamedTuple):
 
 
 def stream_texts(
-    sources: list[Source], after: Place | None = None, batch_chars: int = BATCH_CHARS
+    sources: list[Source],
+    after: Place | None = None,
+    batch_chars: int = BATCH_CHARS,
+    skip: int = 0,
 ) -> Iterator[TextBatch]:
     """Every document of every source, once, in order; rows that are empty are left out.
 
@@ -37,9 +41,10 @@ def stream_texts(
         sources: files, folders, or names on the Hub, which are downloaded as they are read.
         after: the `place` of a batch; what follows is cut into the same batches as it was then.
         batch_chars: a batch ends with the document that reaches so many.
+        skip: so many wrong rows of a source are passed over, each named on stderr.
 
     Raises:
-        UserError: nothing is there, a row is wrong, or a weight is not 1.
+        UserError: nothing is there, more rows are wrong, or a weight is not 1.
     """
     for number, source in enumerate(sources):
         if source.weight != 1:
@@ -50,7 +55,7 @@ def stream_texts(
         files = local_files(source.path, source.split)
         rows = _HubRows(source, given) if files is None else _FileRows(files, given)
         texts, chars = [], 0
-        for text in rows.texts(source.columns or {}):
+        for text in rows.texts(source.columns or {}, skip, Told() if skip else []):
             texts.append(text)
             chars += len(text)
             if chars >= batch_chars:
@@ -58,6 +63,15 @@ def stream_texts(
                 texts, chars = [], 0
         if texts:
             yield TextBatch(texts, {"source": number, "place": rows.place()}, rows.origin)
+
+
+class Told(list[str]):
+    """Faults, each said as it is found: in a stream there is no end to say them at."""
+
+    def append(self, fault: str) -> None:
+        """Add it, and say so."""
+        super().append(fault)
+        print(f"faulty: {fault}", file=sys.stderr)
 
 
 def fingerprint(sources: list[Source]) -> str:
@@ -89,12 +103,13 @@ class _FileRows:
     def place(self) -> Place:
         return {"file": self.file, "row": self.row}
 
-    def texts(self, columns: dict[str, str]) -> Iterator[str]:
+    def texts(self, columns: dict[str, str], skip: int, faults: list[str]) -> Iterator[str]:
         first, seen = self.file, self.row
         for number, path in enumerate(self.files[first:], start=first):
             self.file = number
             rows = self._numbered(path, seen if number == first else 0)
-            for row in convert_rows(str(path), rows, "text", columns):
+            named = str(path)
+            for row in convert_rows(named, rows, "text", columns, skip=skip, faults=faults):
                 yield row["text"]
 
     def _numbered(self, path: Path, seen: int) -> NumberedRows:
@@ -122,8 +137,9 @@ class _HubRows:
     def place(self) -> Place:
         return {"row": self.count, "state": self.rows.state_dict()}
 
-    def texts(self, columns: dict[str, str]) -> Iterator[str]:
-        for row in convert_rows(self.source.path, self._numbered(), "text", columns):
+    def texts(self, columns: dict[str, str], skip: int, faults: list[str]) -> Iterator[str]:
+        named, rows = self.source.path, self._numbered()
+        for row in convert_rows(named, rows, "text", columns, skip=skip, faults=faults):
             yield row["text"]
 
     def _numbered(self) -> NumberedRows:

@@ -46,6 +46,18 @@ def all_texts(sources: list[Source], **options: object) -> list[str]:
     return [text for batch in stream_texts(sources, **options) for text in batch.texts]
 
 
+def test_faulty_rows_can_be_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a set on the Hub nobody can mend row 3,000,001. Broken by stopping there for ever."""
+    rows = ['{"text": "a"}', '{"text": null}', '{"text": "b"}', "no", '{"text": "c"}']
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    sources = [Source(str(tmp_path / "train.jsonl"))]
+    assert all_texts(sources, skip=2) == ["a", "b", "c"]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "train.jsonl, row 2" in said[0] and "row 4" in said[1]
+    with pytest.raises(UserError, match=r"row 4.*more than skip_faulty_rows \(1\)"):
+        all_texts(sources, skip=1)
+
+
 def test_every_document_once_in_order(shards: Path) -> None:
     """Seen to fail without the folders in the folder."""
     assert all_texts([Source(str(shards))]) == numbers(0, 27)
