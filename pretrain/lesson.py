@@ -298,6 +298,8 @@ def main() -> None:
     model = make_model(model_config, tokenizer)
     if lesson.scaled:
         rows.append(climb_scaled(model, files, config, accelerator))
+        model.save_pretrained(folder / "scaled")
+        tokenizer.save_pretrained(folder / "scaled")
         samples.append(write_text_by(model, tokenizer, 500, config.seed))
         print(format_row(rows[-1]))
     else:

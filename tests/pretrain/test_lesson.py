@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
 from common.tokenizer import train_characters
@@ -86,6 +87,7 @@ def test_climb_leaves_a_table_samples_and_a_plot(
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rungs"]
     assert rows[-1]["rung"] == lesson.SCALED
     assert (tmp_path / "out" / "checkpoints" / "step-2").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "scaled")  # hours of work on a CPU
     monkeypatch.setattr("sys.argv", [*command, "--seed", "1"])
     with pytest.raises(UserError, match="holds a run with seed 0"):
         lesson.main()
