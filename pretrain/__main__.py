@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -33,11 +34,11 @@ from common.sharded import whole_model
 from common.tasks import Task, load_task
 from common.token_file import TokenFile, write_token_file
 from common.token_shards import SPLITS
-from common.tokenizer import load_tokenizer, model_vocab_size
-from pretrain.config import ModelConfig, PretrainConfig
+from common.tokenizer import hash_tokenizer, load_tokenizer, model_vocab_size
+from pretrain.config import INCIDENTAL, ModelConfig, PretrainConfig
 from pretrain.stream import make_tokenizer, open_stream
 from pretrain.trackers import make_accelerator
-from pretrain.train import train
+from pretrain.train import Windows, train
 
 
 def main() -> None:
@@ -51,16 +52,20 @@ def main() -> None:
         plays=config.plays,
         columns=config.columns,
         validation_fraction=config.validation_fraction,
+        skip_faulty_rows=config.skip_faulty_rows,
     )
     stream = open_stream(task, model_config, config)
     sources = {"data": stream.fingerprint if stream else task.fingerprint()}
+    block_size = model_config.block_size
     if model_config.model_name_or_path:
         parent = require_parent(model_config.model_name_or_path, "make pretrain")
         require_kind(parent, scores=False)
         require_apart(config.output_dir, parent)
+        require_own_tokenizer(parent, model_config)
+        block_size = context_of(parent, block_size)
         sources["parent"] = hash_model(parent)
     values = config_values(model_config, config)
-    output = StageOutput(config.output_dir, values, sources, config.overwrite)
+    output = StageOutput(config.output_dir, values, sources, config.overwrite, INCIDENTAL)
     if output.finished:
         print(f"{output.path} is finished; delete it to train it anew")
         return
@@ -80,9 +85,10 @@ def main() -> None:
         files = [TokenFile(output.path / "data" / f"{split}.bin") for split in SPLITS]
     model = make_model(model_config, tokenizer)
     set_seed(config.seed, device_specific=True)  # weights alike, dropout's masks of one's own
-    model.set_attn_implementation(fast_attention(model.config.max_position_embeddings))
-    require_windows(files, model.config.max_position_embeddings, config.data)
-    figures = train(model, files[0], files[1], config, accelerator)
+    windows = Windows(int(block_size), model.config.bos_token_id)
+    model.set_attn_implementation(fast_attention(windows.block_size))
+    require_windows(files, windows.block_size, config.data)
+    figures = train(model, files[0], files[1], config, accelerator, windows)
     model = whole_model(accelerator, model)
     if accelerator.is_main_process:
         summary = figures | task.text_figures() | {"parameters": count_parameters(model)}
@@ -90,6 +96,39 @@ def main() -> None:
         output.finish(model, tokenizer, summary, write_samples(model, tokenizer, first))
         print(" ".join(f"{name} {value}" for name, value in summary.items()))
     accelerator.end_training()
+
+
+def require_own_tokenizer(parent: Path, config: ModelConfig) -> None:
+    """Refuse to give a checkpoint ids that mean something else to it.
+
+    Raises:
+        UserError: it has a tokenizer, and the one to read the text by is another.
+    """
+    if not (parent / "tokenizer.json").exists():
+        return
+    given = Path(str(config.tokenizer))
+    if hash_tokenizer(load_tokenizer(given)) != hash_tokenizer(load_tokenizer(parent)):
+        raise UserError(
+            f"tokenizer ({config.tokenizer}) is another than that of {parent}, to which its ids "
+            f"mean something else: give --tokenizer {parent}"
+        )
+
+
+def context_of(parent: Path, block_size: int | None) -> int:
+    """Tokens of a window of a checkpoint: `block_size`, or as many as it can read.
+
+    Raises:
+        UserError: it cannot read so many, or does not say how many it can.
+    """
+    longest = getattr(AutoConfig.from_pretrained(parent), "max_position_embeddings", None)
+    found = block_size or longest
+    if found is None or (longest and found > longest):
+        known = f"reads {longest:,} tokens at most" if longest else "names no context"
+        raise UserError(
+            f"block_size ({block_size}): {parent} {known}; give "
+            f"--block_size {min(longest or 1024, 1024)}"
+        )
+    return found
 
 
 def require_windows(files: list[TokenFile], block_size: int, data: str) -> None:
@@ -119,7 +158,7 @@ def prepare_text(task: Task, config: ModelConfig, folder: Path) -> None:
 
 
 def make_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A new GPT, or the checkpoint to go on from.
+    """A new GPT, or the checkpoint to go on from, to which a document begins as in the text.
 
     Raises:
         UserError: the checkpoint's table has no room for the tokenizer.
@@ -131,6 +170,7 @@ def make_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTr
                 f"{config.model_name_or_path} has {model.config.vocab_size} tokens, the tokenizer "
                 f"{len(tokenizer)}: give --tokenizer {config.model_name_or_path}"
             )
+        model.config.bos_token_id = tokenizer.bos_token_id
         return model
     return build_gpt(
         gpt_config(
@@ -145,6 +185,7 @@ def make_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTr
 
 def gpt_config(config: ModelConfig, vocab_size: int, **special_tokens: int) -> PreTrainedConfig:
     """What `build_gpt` takes for a model of this configuration; as `build_config` in the rest."""
+    assert config.block_size  # a blank page has one
     return build_config(
         config.shape,
         vocab_size=vocab_size,
@@ -172,7 +213,7 @@ def write_samples(
     sampler: Any = model.eval()  # `generate` is a mixin's
     output = sampler.generate(
         torch.full((8, 1), first_token, device=model.device),
-        max_new_tokens=min(200, model.config.max_position_embeddings - 1),
+        max_new_tokens=min(200, getattr(model.config, "max_position_embeddings", 201) - 1),
         do_sample=True,
         temperature=0.8,
         top_k=0,

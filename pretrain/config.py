@@ -10,6 +10,9 @@ from common.config import require
 from common.device import has_bf16
 from common.errors import UserError
 
+# No part of a run's identity: a card that is too small for an evaluation must not cost the run.
+INCIDENTAL = frozenset({"eval_steps", "per_device_eval_batch_size", "shards_dir"})
+
 
 @dataclass
 class ModelConfig:
@@ -21,7 +24,10 @@ class ModelConfig:
     shape: Literal["modern", "lesson"] = field(
         default="modern", metadata={"help": "modern (Qwen3's) or lesson (GPT-2's)"}
     )
-    block_size: int = field(default=256, metadata={"help": "context length, in tokens"})
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "context, tokens; default: 256, or what the checkpoint can read"},
+    )
     depth: int | None = field(
         default=None,
         metadata={"help": "one dial: so many blocks, 64 wide for each, heads of 64 (128 from 16)"},
@@ -39,17 +45,29 @@ class ModelConfig:
         default=True, metadata={"help": "embedding and head are one table"}
     )
     dropout: float = field(default=0.0, metadata={"help": "dropout rate"})
-    tokenizer: str = field(
-        default="bpe", metadata={"help": "characters, bpe (trained on the text), or a directory"}
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "characters, bpe (trained on the text), or a directory; default: the "
+            "checkpoint's, without one bpe"
+        },
     )
     vocab_size: int = field(default=1024, metadata={"help": "of a BPE trained here"})
 
     def __post_init__(self) -> None:
-        """Turn `depth` into sizes.
+        """Turn `depth` into sizes, and choose the tokenizer.
 
         Raises:
-            UserError: `depth` is odd or below 2.
+            UserError: `depth` is odd or below 2, or a checkpoint is to read by a new tokenizer.
         """
+        if self.model_name_or_path is None:
+            self.block_size = self.block_size or 256
+        elif self.tokenizer in ("characters", "bpe"):
+            raise UserError(
+                f"tokenizer ({self.tokenizer}) is made for the text, and its ids mean something "
+                f"else to {self.model_name_or_path}: give --tokenizer {self.model_name_or_path}"
+            )
+        self.tokenizer = self.tokenizer or self.model_name_or_path or "bpe"
         if self.depth is None:
             return
         if self.depth < 2 or self.depth % 2:
@@ -77,6 +95,10 @@ class PretrainConfig:
     )
     validation_fraction: float = field(
         default=0.1, metadata={"help": "share at the end of a text that is held out"}
+    )
+    skip_faulty_rows: int = field(
+        default=0,
+        metadata={"help": "pass over so many faulty rows of each source, naming them, not stop"},
     )
     shards_dir: str | None = field(
         default=None,
@@ -130,7 +152,7 @@ class PretrainConfig:
         more = ("per_device_eval_batch_size", "logging_steps", "save_steps")
         require(self, 1, *counts, *more)
         rates = ("learning_rate", "muon_learning_rate", "weight_decay", "max_grad_norm")
-        require(self, 0, *rates, "warmup_steps", "eval_steps")
+        require(self, 0, *rates, "warmup_steps", "eval_steps", "skip_faulty_rows")
         if self.report_to not in ("none", *map(str, get_available_trackers())):
             raise UserError(
                 f"report_to ({self.report_to}) is not installed: pip install {self.report_to}, or "

@@ -19,10 +19,13 @@ from common.config import parse_config, run
 from common.device import fast_attention, has_bf16
 from common.errors import UserError
 from common.gpt import build_gpt
+from common.tasks import load_task
+from common.tokenizer import model_vocab_size
 from pretrain.__main__ import count_parameters, gpt_config
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.optimizer import build_optimizers
 from pretrain.speed import flops_per_token
+from pretrain.stream import make_tokenizer
 from pretrain.train import token_loss
 
 
@@ -150,11 +153,15 @@ def plan(counts: Counts, config: PretrainConfig, block_size: int, machine: PlanC
 def main() -> None:
     """Print the plan of a configuration."""
     model_config, config, machine = parse_config(ModelConfig, PretrainConfig, PlanConfig)
-    sizes = gpt_config(
-        model_config, model_config.vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=2
-    )
+    if model_config.model_name_or_path:
+        raise UserError("model_name_or_path: what is planned is a blank page; give its sizes")
+    vocab_size = model_config.vocab_size
+    if model_config.tokenizer != "bpe":  # no more than is in the text, or in the directory
+        task = load_task(config.data, plays=config.plays, columns=config.columns)
+        vocab_size = model_vocab_size(make_tokenizer(model_config, task.tokenizer_texts()))
+    sizes = gpt_config(model_config, vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     counts = count(sizes, config.per_device_train_batch_size, here=machine.here)
-    for name, value in plan(counts, config, model_config.block_size, machine).items():
+    for name, value in plan(counts, config, sizes.max_position_embeddings, machine).items():
         if name.endswith("bytes") or name == "bytes_per_device":
             print(f"{name.replace('bytes', 'GB'):<18} {value / 1e9:>14,.2f}")
         elif name == "flops":

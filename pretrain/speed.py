@@ -20,18 +20,19 @@ GPU_SHAPES = ((8192, 8192, 8192), (16384, 4096, 4096))
 REPEATS = 8
 
 
-def flops_per_token(model: Any) -> int:
+def flops_per_token(model: Any, block_size: int | None = None) -> int:
     """Of forward and backward: 6 a weight in a matrix product, 12 L H T for attention.
 
     A weight multiplies and adds once forward, twice backward; so do the T x T scores and their
     product with the values, the half above the diagonal included (PaLM, arXiv:2204.02311, app. B).
-    Tables that are only looked up, norms and biases count nothing.
+    Tables that are only looked up, norms and biases count nothing. T is `block_size`, by default
+    the model's context.
     """
     config = model.config
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
-    width = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     mixed = config.num_hidden_layers * config.num_attention_heads * width
-    return 6 * products + 12 * mixed * config.max_position_embeddings
+    return 6 * products + 12 * mixed * (block_size or config.max_position_embeddings)
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:

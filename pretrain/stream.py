@@ -21,7 +21,7 @@ def make_tokenizer(config: ModelConfig, texts: Iterable[str]) -> PreTrainedToken
         return train_characters(texts)
     if config.tokenizer == "bpe":
         return train_bpe(texts, config.vocab_size)
-    tokenizer = load_tokenizer(Path(config.tokenizer))
+    tokenizer = load_tokenizer(Path(str(config.tokenizer)))
     if tokenizer.bos_token is None:  # Qwen3's: a document ends, and the next begins with that
         tokenizer.bos_token = tokenizer.eos_token
     return tokenizer
@@ -81,7 +81,7 @@ class TokenStream:
         if not index.complete:
             place = index.shards[-1]["place"] if index.shards else None
             write_token_shards(
-                stream_texts(self.sources, place),
+                stream_texts(self.sources, place, skip=config.skip_faulty_rows),
                 load_tokenizer(self.folder),
                 index,
                 validation_fraction=config.validation_fraction,
@@ -101,7 +101,7 @@ class TokenStream:
     def _first_texts(self) -> Iterator[str]:
         """`tokenizer_bytes` of the text's start."""
         left = self.config.tokenizer_bytes
-        for batch in stream_texts(self.sources):
+        for batch in stream_texts(self.sources, skip=self.config.skip_faulty_rows):
             for text in batch.texts:
                 yield text
                 left -= len(text.encode())

@@ -44,10 +44,13 @@ class Gauge:
         model: before it is sharded or wrapped.
         config: whose precision counts.
         accelerator: on whose device the main process measures the matmul rate.
+        block_size: tokens of a window.
     """
 
-    def __init__(self, model: Any, config: PretrainConfig, accelerator: Accelerator) -> None:
-        self.flops = flops_per_token(model)
+    def __init__(
+        self, model: Any, config: PretrainConfig, accelerator: Accelerator, block_size: int
+    ) -> None:
+        self.flops = flops_per_token(model, block_size)
         self.peak = float("inf")
         if accelerator.is_main_process:
             dtype = torch.bfloat16 if config.bf16 else torch.float32

@@ -41,12 +41,33 @@ LossOf = Callable[..., Tensor]  # of a batch; compiled together with the model, 
 
 
 @dataclass(frozen=True)
+class Windows:
+    """What a model reads at a time: so many tokens, and by which one a document begins."""
+
+    block_size: int
+    bos_token_id: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Windows":
+        """As long as the model can read."""
+        return cls(model.config.max_position_embeddings, model.config.bos_token_id)
+
+
+@dataclass(frozen=True)
 class Progress:
-    """How far a run is; whether it compiles, so that it goes on to the same bits."""
+    """How far a run is, and what it must keep to, so that it goes on to the same bits.
+
+    Attributes:
+        step: optimizer steps taken.
+        train_seconds: spent on them.
+        compiled: whether it compiles.
+        step_windows: windows of a step, of all processes.
+    """
 
     step: int = 0
     train_seconds: float = 0.0
     compiled: bool | None = None
+    step_windows: int | None = None
 
 
 def train(
@@ -55,6 +76,7 @@ def train(
     validation_file: TokenFile,
     config: PretrainConfig,
     accelerator: Accelerator,
+    windows: Windows | None = None,
 ) -> dict[str, float]:
     """Train `model` in place to `max_steps`; go on from the last checkpoint if there is one.
 
@@ -62,10 +84,11 @@ def train(
         `val_loss` (nats a token), `val_bits_per_byte`, `train_seconds`, `train_tokens`.
 
     Raises:
-        UserError: a loss or gradient that is not finite, before it can reach the weights.
+        UserError: a loss or gradient that is not finite, before it can reach the weights; a
+            checkpoint of other steps.
     """
     metrics = MetricsFile(Path(config.output_dir) / "metrics.jsonl")
-    block_size = model.config.max_position_embeddings
+    windows = windows or Windows.of(model)
     optimizers = build_optimizers(
         model,
         learning_rate=config.learning_rate,
@@ -74,17 +97,23 @@ def train(
         bf16=bool(config.bf16),
     )
     full_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    gauge = Gauge(model, config, accelerator)
+    gauge = Gauge(model, config, accelerator, windows.block_size)
     net, *optimizers = accelerator.prepare(model, *optimizers)
     if accelerator.is_fsdp2:  # its checkpoints take each optimizer to have a model of its own
         accelerator._models = [net] * len(optimizers)
     made = read_progress(config)
+    step_windows = windows_per_step(config, accelerator)
+    if made.step_windows not in (None, step_windows):
+        raise UserError(
+            f"{config.output_dir} was begun with {made.step_windows} windows a step, and these "
+            f"{accelerator.num_processes} processes make {step_windows}: start as many as it had"
+        )
 
     def loss_uncompiled(*batch: Any) -> Tensor:
         return token_loss(net, *batch)
 
     def one_pass(loss_of: LossOf) -> None:
-        batch = next(micro_batches(train_file, model.config, 0, config, accelerator))
+        batch = next(micro_batches(train_file, windows, 0, config, accelerator))
         accelerator.backward(loss_of(*batch))
         net.zero_grad()
 
@@ -105,11 +134,11 @@ def train(
         for optimizer, full in zip(optimizers, full_rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = full * rate
-        batches = micro_batches(train_file, model.config, step, config, accelerator)
+        batches = micro_batches(train_file, windows, step, config, accelerator)
         try:
             values = train_step(net, loss_of, optimizers, batches, config, accelerator)
         except FloatingPointError as error:
-            where = describe_step(train_file, model.config, step, config, accelerator)
+            where = describe_step(train_file, windows, step, config, accelerator)
             rates = ", ".join(f"{full * rate:.3g}" for full in full_rates)
             raise UserError(
                 f"{error} at step {step + 1} with learning rates {rates} (Muon's, AdamW's), on "
@@ -120,10 +149,10 @@ def train(
         progress.update()
         seconds = time.perf_counter() - clock
         if step == config.max_steps or (config.eval_steps and step % config.eval_steps == 0):
-            figures = evaluate(net, validation_file, config, accelerator)
+            figures = evaluate(net, validation_file, config, accelerator, windows)
             clock = time.perf_counter() - seconds
         if step % config.logging_steps == 0 or figures:
-            tokens = step * tokens_per_step(block_size, config, accelerator)
+            tokens = step * step_windows * windows.block_size
             speed = gauge.read(tokens, seconds)
             progress.set_postfix(
                 loss=f"{values['loss']:.3f}",
@@ -135,11 +164,12 @@ def train(
                 metrics.write(line | {"seconds": round(seconds, 4)})
             accelerator.log(line | speed, step=step)
         if step % config.save_steps == 0 and step < config.max_steps:
-            now = Progress(step, time.perf_counter() - clock, loss_of is not loss_uncompiled)
+            compiled = loss_of is not loss_uncompiled
+            now = Progress(step, time.perf_counter() - clock, compiled, step_windows)
             save_checkpoint(accelerator, config, now)
         final, figures = figures, {}
     progress.close()
-    tokens = step * tokens_per_step(block_size, config, accelerator)
+    tokens = step * step_windows * windows.block_size
     return final | {"train_seconds": round(seconds, 1), "train_tokens": tokens}
 
 
@@ -162,7 +192,7 @@ def train_step(
         accelerator.backward(part)
         loss += part.detach()
     loss = accelerator.reduce(loss, "mean")
-    norm = accelerator.clip_grad_norm_(net.parameters(), config.max_grad_norm)
+    norm = accelerator.clip_grad_norm_(net.parameters(), config.max_grad_norm or math.inf)
     if not math.isfinite(loss.item() + float(norm)):
         raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {float(norm):.4g}")
     for optimizer in optimizers:
@@ -178,59 +208,56 @@ def rate_at(step: int, config: PretrainConfig) -> float:
     return min(1.0, warm, (config.max_steps - step) / falling)
 
 
-def tokens_per_step(block_size: int, config: PretrainConfig, accelerator: Accelerator) -> int:
-    """Tokens that one optimizer step trains on, over all processes."""
+def windows_per_step(config: PretrainConfig, accelerator: Accelerator) -> int:
+    """Windows that one optimizer step trains on, over all processes."""
     per_device = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return per_device * accelerator.num_processes * block_size
+    return per_device * accelerator.num_processes
 
 
 def micro_batches(
-    file: TokenFile, sizes: Any, step: int, config: PretrainConfig, accelerator: Accelerator
+    file: TokenFile, windows: Windows, step: int, config: PretrainConfig, accelerator: Accelerator
 ) -> Iterator[Batch]:
-    """This process's micro-batches of a step, on its device; `sizes` is the model's config."""
-    block_size = sizes.max_position_embeddings
+    """This process's micro-batches of a step, on its device."""
     own = slice(accelerator.process_index, None, accelerator.num_processes)
     on_gpu = accelerator.device.type == "cuda"
-    for part in step_starts(file, sizes, step, config, accelerator, own):
-        batch = file.batch(part, block_size)
+    for part in step_starts(file, windows, step, config, accelerator, own):
+        batch = file.batch(part, windows.block_size)
         if on_gpu:  # from pinned memory the copy waits for nothing that the GPU still has to do
             batch = batch[0].pin_memory(), batch[1].pin_memory()
         inputs, targets = (x.to(accelerator.device, non_blocking=on_gpu) for x in batch)
-        yield inputs, targets, packed_positions(inputs, sizes, config)
+        yield inputs, targets, packed_positions(inputs, windows, config)
 
 
-def packed_positions(inputs: Tensor, sizes: Any, config: PretrainConfig) -> Tensor | None:
+def packed_positions(inputs: Tensor, windows: Windows, config: PretrainConfig) -> Tensor | None:
     """What keeps documents of a row apart where `document_mask` is set; else nothing."""
-    return document_positions(inputs, sizes.bos_token_id) if config.document_mask else None
+    return document_positions(inputs, windows.bos_token_id) if config.document_mask else None
 
 
 def step_starts(
     file: TokenFile,
-    sizes: Any,
+    windows: Windows,
     step: int,
     config: PretrainConfig,
     accelerator: Accelerator,
     own: slice = slice(None),
 ) -> NDArray[np.int64]:
     """Where a step's windows start: (micro-batches, windows), those of all processes or `own`."""
-    block_size = sizes.max_position_embeddings
-    size = config.per_device_train_batch_size
-    count = config.gradient_accumulation_steps * accelerator.num_processes
-    starts = training_starts(len(file), block_size, step, size * count, config.seed)
-    starts = starts.reshape(count, size)[own]
-    moved = back_to_beginnings(file.tokens, starts.ravel(), block_size, sizes.bos_token_id)
+    block_size, size = windows.block_size, config.per_device_train_batch_size
+    count = windows_per_step(config, accelerator)
+    starts = training_starts(len(file), block_size, step, count, config.seed)
+    starts = starts.reshape(-1, size)[own]
+    moved = back_to_beginnings(file.tokens, starts.ravel(), block_size, windows.bos_token_id)
     return moved.reshape(starts.shape)
 
 
 def describe_step(
-    file: TokenFile, sizes: Any, step: int, config: PretrainConfig, accelerator: Accelerator
+    file: TokenFile, windows: Windows, step: int, config: PretrainConfig, accelerator: Accelerator
 ) -> str:
     """Which rows of the training text a step reads, counted from 0, and which tokens."""
-    block_size = sizes.max_position_embeddings
-    starts = np.sort(step_starts(file, sizes, step, config, accelerator).ravel())
-    rows = source_rows(file.tokens, starts, block_size, sizes.bos_token_id)
+    starts = np.sort(step_starts(file, windows, step, config, accelerator).ravel())
+    rows = source_rows(file.tokens, starts, windows.block_size, windows.bos_token_id)
     named = f"rows {', '.join(map(str, rows))}, " if rows else ""
-    tokens = ", ".join(f"{start}-{start + block_size}" for start in starts)
+    tokens = ", ".join(f"{start}-{start + windows.block_size}" for start in starts)
     return f"{named}tokens {tokens} of train.bin"
 
 
@@ -251,7 +278,11 @@ def token_loss(
 
 @torch.no_grad()
 def evaluate(
-    model: Any, file: TokenFile, config: PretrainConfig, accelerator: Accelerator
+    model: Any,
+    file: TokenFile,
+    config: PretrainConfig,
+    accelerator: Accelerator,
+    windows: Windows | None = None,
 ) -> dict[str, float]:
     """Loss over the whole file, every token but the first predicted once.
 
@@ -260,9 +291,8 @@ def evaluate(
     """
     model.eval()
     net = accelerator.unwrap_model(model)
-    spans = evaluation_spans(
-        file.tokens, net.config.max_position_embeddings, net.config.bos_token_id
-    )
+    windows = windows or Windows.of(net)
+    spans = evaluation_spans(file.tokens, windows.block_size, windows.bos_token_id)
     processes, size = accelerator.num_processes, config.per_device_eval_batch_size
     mine = spans[accelerator.process_index :: processes]
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
@@ -271,7 +301,7 @@ def evaluate(
         inputs, targets = pad_spans(file, some or spans[:1])
         count = int((targets != -100).sum()) if some else 0
         inputs, targets = inputs.to(accelerator.device), targets.to(accelerator.device)
-        loss = token_loss(net, inputs, targets, packed_positions(inputs, net.config, config))
+        loss = token_loss(net, inputs, targets, packed_positions(inputs, windows, config))
         total += torch.tensor([loss.item() * count, count]).to(total)
     nats, count = accelerator.reduce(total, "sum").tolist()
     model.train()

@@ -14,7 +14,7 @@ from common.token_file import TokenFile, write_token_file
 from common.tokenizer import train_characters
 from common.windows import document_positions
 from pretrain.config import PretrainConfig
-from pretrain.train import evaluate, micro_batches, step_starts, token_loss
+from pretrain.train import Windows, evaluate, micro_batches, step_starts, token_loss
 
 BOS = 1
 ROW = torch.tensor([[8, 9, 2, BOS, 9, 8, 8, 2, BOS, 9]])  # of three documents, the first cut
@@ -93,8 +93,8 @@ def test_training_reads_documents_from_their_beginning(tmp_path: Path) -> None:
     write_token_file(["abcab", "cab", "bc"] * 40, tokenizer, tmp_path / "t.bin", documents=True)
     file = TokenFile(tmp_path / "t.bin")
     config = PretrainConfig(output_dir="x", data="x", bf16=False)
-    accelerator, sizes = Accelerator(cpu=True), build("modern", "eager").config
-    starts = [step_starts(file, sizes, step, config, accelerator).ravel() for step in range(4)]
+    accelerator, windows = Accelerator(cpu=True), Windows.of(build("modern", "eager"))
+    starts = [step_starts(file, windows, step, config, accelerator).ravel() for step in range(4)]
     begun = np.concatenate(starts)
     assert (file.tokens[begun] == BOS).all() and len(set(begun)) > 10
 
@@ -111,7 +111,7 @@ def test_configuration_reaches_training_and_evaluation(
     losses = []
     for masked in (False, True):
         config = PretrainConfig(output_dir="x", data="x", document_mask=masked, bf16=False)
-        inputs, _, positions = next(micro_batches(file, model.config, 0, config, accelerator))
+        inputs, _, positions = next(micro_batches(file, Windows.of(model), 0, config, accelerator))
         if masked:
             assert positions is not None
             assert ((positions == 0) == (inputs == BOS))[:, 1:].all()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import pretrain.__main__
 from common.config import as_flags
+from common.errors import UserError
 from common.tokenizer import train_bpe
 from pretrain.__main__ import make_model
 from pretrain.config import ModelConfig
@@ -23,14 +26,15 @@ import sys, torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 sys.modules["common"] = None
 kind, folder, vocab_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
-common = dict(vocab_size=vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+common = dict(vocab_size=vocab_size, pad_token_id=0, eos_token_id=2)
 torch.manual_seed(0)
 if kind == "gpt2":
-    model = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=32, n_layer=2, n_head=4, **common))
+    model = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=32, n_layer=2, n_head=4,
+        bos_token_id=1, **common))
 else:
     model = Qwen3ForCausalLM(Qwen3Config(max_position_embeddings=32, hidden_size=32, head_dim=16,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
-        **common))
+        bos_token_id=None, **common))
 for weight in model.parameters():
     weight.data.normal_(std=0.2)
 model.eval().save_pretrained(folder)
@@ -40,11 +44,14 @@ torch.save({"ids": ids, "logits": model(ids).logits.detach()}, folder + "/theirs
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
-def test_goes_on_from_plain_transformers(kind: str, tmp_path: Path) -> None:
-    """Qwen3's tokenizer has no bos, nor has ours for it here.
+def test_goes_on_from_plain_transformers(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In windows shorter than its context. Qwen3's tokenizer and configuration have no bos here.
 
-    Seen to fail with a blank page in the checkpoint's place, with bos left missing, and with
-    another checkpoint at the same place taken for the same parent.
+    Seen to fail with a blank page in the checkpoint's place, with bos left missing in either, with
+    windows of the whole context, with a tokenizer of the text's own (which learned from ids that
+    mean something else), and with another checkpoint at the same place taken for the same parent.
     """
     text = tmp_path / "book.jsonl"
     rows = [json.dumps({"text": f"the cat sat on mat {number}."}) for number in range(400)]
@@ -58,22 +65,31 @@ def test_goes_on_from_plain_transformers(kind: str, tmp_path: Path) -> None:
     tokenizer.save_pretrained(folder)
 
     theirs = torch.load(folder / "theirs.pt")
-    model_config = ModelConfig(model_name_or_path=str(folder), tokenizer=str(folder))
+    model_config = ModelConfig(model_name_or_path=str(folder))
     ours = make_model(model_config, tokenizer).eval()
     assert type(ours).__module__.startswith("common.")
     with torch.no_grad():
         torch.testing.assert_close(ours(theirs["ids"]).logits, theirs["logits"], atol=1e-4, rtol=0)
 
-    fields = {"model_name_or_path": folder, "tokenizer": folder, "data": text, "max_steps": 20}
+    fields = {"model_name_or_path": folder, "data": text, "max_steps": 20, "block_size": 16}
     fields |= {"output_dir": output, "logging_steps": 1, "per_device_train_batch_size": 4}
+    fields |= {"document_mask": True}
     flags = as_flags(fields)
     subprocess.run([sys.executable, "-m", "pretrain", *flags], check=True, env=ENVIRONMENT)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] - 1
+    assert lines[-1]["tokens"] == 20 * 4 * 16
     before, after = (load_file(path / "model.safetensors") for path in (folder, output))
     assert before.keys() == after.keys()
 
     save_file(load_file(output / "model.safetensors"), folder / "model.safetensors")
-    again = [sys.executable, "-m", "pretrain", *flags]
-    refused = subprocess.run(again, env=ENVIRONMENT, capture_output=True, text=True)
-    assert refused.returncode == 2 and "holds a run with another parent" in refused.stderr
+    train_bpe(["sat the cat on.\n"], 320).save_pretrained(tmp_path / "another")
+    for more, said in {
+        (): "holds a run with another parent",
+        ("--tokenizer", "bpe"): "tokenizer (bpe) is made for the text",
+        ("--tokenizer", str(tmp_path / "another")): "is another than that of",
+        ("--block_size", "64"): "reads 32 tokens at most; give --block_size 32",
+    }.items():
+        monkeypatch.setattr("sys.argv", ["pretrain", *flags, *more])
+        with pytest.raises(UserError, match=re.escape(said)):
+            pretrain.__main__.main()

@@ -19,6 +19,7 @@ FIELDS = {
     "num_hidden_layers": 1,
     "hidden_size": 16,
     "num_attention_heads": 2,
+    "dropout": 0.1,  # so that torch's generator is asked at every step
     "max_steps": 60,
     "per_device_train_batch_size": 4,
     "save_steps": 5,

@@ -48,7 +48,9 @@ def test_utilisation_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     config = PretrainConfig(output_dir="out/x", data="x", bf16=False)
     weights = 8 * 24 + 8 * 8 + 2 * 8 * 32 + 8 * 12
-    speed = Gauge(model, config, Accelerator()).read(tokens=300, seconds=2.0)
+    speed = Gauge(model, config, Accelerator(), model.config.max_position_embeddings).read(
+        tokens=300, seconds=2.0
+    )
     assert speed["tokens_per_second"] == 150.0
     assert speed["utilisation"] == pytest.approx(150 * (6 * weights + 12 * 8 * 4) / 1e6)
 

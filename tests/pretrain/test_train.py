@@ -16,7 +16,7 @@ from common.token_file import TokenFile, write_token_file
 from common.tokenizer import train_characters
 from pretrain.__main__ import make_model
 from pretrain.config import ModelConfig, PretrainConfig
-from pretrain.train import describe_step, rate_at, train
+from pretrain.train import Windows, describe_step, rate_at, train
 
 Toy = tuple[PreTrainedModel, TokenFile, PretrainConfig]
 
@@ -74,7 +74,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(tmp_path: Path, 
         train(model, file, file, config, accelerator)
     message = str(stop.value)
     assert "at step 5 with learning rates 0.02, 0.01 (Muon's, AdamW's), on rows " in message
-    assert describe_step(file, model.config, 4, config, accelerator) in message
+    assert describe_step(file, Windows.of(model), 4, config, accelerator) in message
     assert "\n" not in message
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert checkpoint.name == "step-4"
@@ -100,6 +100,23 @@ def test_without_a_compiler_it_trains_all_the_same(
     figures = train(model, file, file, replace(config, torch_compile=True), Accelerator())
     assert figures["train_tokens"] == 256
     assert "no C++ compiler" in capsys.readouterr().out
+
+
+def test_goes_on_with_as_many_windows_a_step(toy: Toy) -> None:
+    """Broken by going on with the processes there were: other windows, and tokens that jump."""
+    model, file, config = toy
+    train(model, file, file, config, Accelerator())
+    config = replace(config, gradient_accumulation_steps=2)
+    with pytest.raises(UserError, match=r"begun with \d+ windows a step, .* 1 processes make \d+"):
+        train(model, file, file, config, Accelerator())
+
+
+def test_no_clipping_is_no_clipping(toy: Toy) -> None:
+    """`max_grad_norm` 0 is TrainingArguments' word for it. Broken by gradients scaled to 0."""
+    model, file, config = toy
+    before = model.model.norm.weight.clone()
+    train(model, file, file, replace(config, max_grad_norm=0.0), Accelerator())
+    assert not torch.equal(before, model.model.norm.weight)
 
 
 def test_goes_on_compiled_as_it_began(
