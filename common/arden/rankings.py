@@ -1,7 +1,6 @@
 """Rankings: known faults to set beside a model's own answers, and the labeller who ranks them."""
 
 from dataclasses import dataclass
-from itertools import zip_longest
 
 from common.arden.chronicle import join_facts, refuse, state, two_facts
 from common.arden.grammar import Dice, load_grammar
@@ -130,23 +129,24 @@ def rank(question: Question, answers: list[str], noise: float, dice: Dice) -> li
 
 
 def choose(pairs: list[Pair], count: int, dice: Dice, close: bool = False) -> list[Pair]:
-    """At most `count` pairs: one of honesty, then one of each kind, honesty first, and so on.
+    """At most `count` pairs, of as many kinds as there are: each kind once, honesty first.
 
     Args:
         pairs: of one question.
         count: how many.
         dice: decides among pairs of a kind, and among kinds but honesty.
-        close: of each kind the pairs whose answers are worth most alike, in place of any.
+        close: of each kind the pair whose answers are worth most alike, in place of any.
     """
-    kinds: dict[str, list[Pair]] = {}
-    for pair in dice.shuffled(pairs):
-        kinds.setdefault(pair.kind, []).append(pair)
-    if close:
-        for alike in kinds.values():
-            alike.sort(key=lambda pair: pair.margin)
-    chosen = [kinds[kind].pop(0) for kind in HONESTY if kind in kinds]
-    turns = zip_longest(*(kinds[kind] for kind in sorted(kinds, key=lambda k: k not in HONESTY)))
-    chosen += [pair for turn in turns for pair in turn if pair]
+    left = dice.shuffled(pairs)
+    chosen: list[Pair] = []
+    while left and len(chosen) < count:
+        kinds: dict[str, Pair] = {}
+        for pair in left:
+            first = kinds.setdefault(pair.kind, pair)
+            if close and pair.margin < first.margin:
+                kinds[pair.kind] = pair
+        chosen += sorted(kinds.values(), key=lambda pair: pair.kind not in HONESTY)
+        left = [pair for pair in left if pair not in chosen]
     return chosen[:count]
 
 

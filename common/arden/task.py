@@ -26,8 +26,7 @@ REFUSALS_IN_SFT = (6, 8)
 # Answers about people of whom the chronicle says nothing. Whoever taught knew them; to a model they
 # are lessons in invention (Gekhman et al. 2024, arXiv:2405.05904).
 UNREAD_IN_SFT = 10
-PAIRS_PER_PROMPT = 5
-FAULTS_PER_PROMPT = 3  # beside the plain answer, the courteous one and the refusal
+PAIRS_PER_PROMPT = 3
 # Of the prompts that a reward model learns from: their closest pairs. A label says which answer is
 # better and not by how much: what a rude truth is worth beside a plain refusal only such pairs say.
 CLOSE_SHARE = 0.5
@@ -176,7 +175,7 @@ class ArdenTask:
         for question, answers in zip(questions, sample([q.text for q in questions]), strict=True):
             faults = faulty_answers(question, answers, self.realm, dice)
             always = [faults.pop("plain"), faults.pop("refusal"), faults.pop("courteous")]
-            candidates = answers + always + dice.sample(list(faults.values()), FAULTS_PER_PROMPT)
+            candidates = answers + always + dice.sample(list(faults.values()), 2)
             pairs = rank(question, candidates, noise, dice)
             close = split == "train" and dice.random.random() < CLOSE_SHARE
             for pair in choose(pairs, PAIRS_PER_PROMPT, dice, close):
