@@ -25,7 +25,7 @@ from common.tokenizer import encode_texts, hash_tokenizer
 
 PIECE_CHARS = 1 << 16  # the longest text given to the tokenizer at once, where it can be cut
 BATCH_CHARS = 1 << 20  # tokenized together: what bounds memory
-_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W\d_])")
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,10 @@ def _batches(texts: Iterable[str]) -> Iterator[list[_Piece]]:
 def cut_points(text: str, piece_chars: int) -> Iterator[int]:
     """Where to cut `text` in pieces of about `piece_chars` without changing its tokens.
 
-    Between a letter and a space that a letter follows: there the pre-tokenizers of Qwen2 and of
-    GPT-2 both end one word and begin the next, whatever stands around. Text without any such place
-    stays whole. "ab cd" may be cut into "ab" and " cd".
+    Between a letter and a space that a letter follows, and between the end of a line that is not
+    empty and a letter: there the pre-tokenizers of Qwen2 and of GPT-2 both end one word and begin
+    the next, whatever stands around. Text without any such place stays whole. "ab cd" may be cut
+    into "ab" and " cd".
     """
     position = piece_chars
     while position < len(text) and (found := _BETWEEN_WORDS.search(text, position)):

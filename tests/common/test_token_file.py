@@ -88,6 +88,8 @@ def test_cutting_changes_no_token(tmp_path, monkeypatch):
 def test_pieces_make_up_the_text():
     assert list(cut_points("one two three", 5)) == [7]
     assert list(cut_points("one, two; 3 4\n5", 1)) == []  # nowhere between two letters
+    # Chinese has no spaces. Broken once: a book of it was one piece, and memory grew with it.
+    assert list(cut_points("一二三。\n四五六。\n\n七八。\n九", 2)) == [5, 15]
     assert list(cut_points("", 5)) == []
 
 
