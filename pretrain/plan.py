@@ -3,16 +3,19 @@
 python -m pretrain.plan --config configs/web/pretrain.yaml --devices 8 --tflops 400
 python -m pretrain.plan --config configs/web/gpt3_175b.yaml --devices 1024 --shard true
 
-The model is built and run forward as stage 1 does, on tensors that have sizes and no content
-(`FakeTensorMode`): so parameters, optimizer states and what the forward pass keeps for the backward
-are counted, not estimated. FLOPs follow a formula (`pretrain.speed`).
+The model is built and trained for two steps as stage 1 does, on tensors that have sizes and no
+content (`FakeTensorMode`): so parameters, optimizer states and a step's peak are counted, not
+estimated. Compiled a step holds less. FLOPs follow a formula (`pretrain.speed`).
 """
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
 from common.config import parse_config, run
@@ -61,14 +64,15 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class Counts:
-    """What one model counts, in numbers and bytes; activations of one micro-batch."""
+    """What one model counts, in numbers and bytes; a step of one micro-batch."""
 
     parameters: int
     flops_per_token: int
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    activation_bytes: int
+    step_bytes: int  # at its peak, gradients that are there then included
+    peak_gradient_bytes: int  # these
 
 
 def count(config: PreTrainedConfig, batch_size: int, *, here: bool = False) -> Counts:
@@ -79,21 +83,24 @@ def count(config: PreTrainedConfig, batch_size: int, *, here: bool = False) -> C
         batch_size: windows of block_size tokens in a micro-batch.
         here: in this machine's precision, and with the attention that is fast on it.
     """
+    bf16 = not here or has_bf16()
     with FakeTensorMode():
         model = build_gpt(config)
         if here:
             model.set_attn_implementation(fast_attention(config.max_position_embeddings))
         muon, adamw = build_optimizers(
-            model, learning_rate=1.0, muon_learning_rate=1.0, weight_decay=0.0
+            model, learning_rate=1.0, muon_learning_rate=1.0, weight_decay=0.0, bf16=bf16
         )
         weight_bytes = sum(p.nbytes for p in model.parameters())
+        step = measure_step(model, [muon, adamw], batch_size, bf16=bf16)
         return Counts(
             parameters=count_parameters(model),
             flops_per_token=flops_per_token(model),
             weight_bytes=weight_bytes,
             gradient_bytes=weight_bytes,
             optimizer_bytes=_bytes_of(muon) + 2 * _bytes_of(adamw),  # momentum; both moments
-            activation_bytes=activation_bytes(model, batch_size, bf16=not here or has_bf16()),
+            step_bytes=step.peak,
+            peak_gradient_bytes=step.gradients,
         )
 
 
@@ -101,24 +108,68 @@ def _bytes_of(optimizer: torch.optim.Optimizer) -> int:
     return sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
 
 
-def activation_bytes(model: Any, batch_size: int, *, bf16: bool = True) -> int:
-    """What one forward pass keeps for the backward pass, without the weights themselves."""
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+def measure_step(model: Any, optimizers: list[Any], batch_size: int, *, bf16: bool) -> "PeakMemory":
+    """What a step, uncompiled, holds at its peak beside weights and optimizer states.
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # kept alive, so that no other takes its place
-        return tensor
-
+    Gradients that are there by then, activations kept for the backward pass, and what is made and
+    thrown away: where the vocabulary is large the loss's gradient for the logits, in float32, is
+    the largest array of all.
+    """
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:  # a first step, which makes their states
+        optimizer.step()
+        optimizer.zero_grad()
     ids = torch.zeros(batch_size, model.config.max_position_embeddings, dtype=torch.long)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-    ):
-        token_loss(model, ids, ids)
-    return sum(storage.nbytes() for storage in kept.values())
+    with PeakMemory(model) as memory:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = token_loss(model, ids, ids)
+        loss.backward()
+        del loss
+        for optimizer in optimizers:
+            optimizer.step()
+    return memory
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of storages that are made under it; what torch's `MemTracker` finds, sooner.
+
+    Attributes:
+        peak: the most that lived at a time.
+        gradients: those of the model's among them.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.parameters = list(model.parameters())
+        self.held = self.peak = self.gradients = 0
+        self.living: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Run the operation, and look at what it returns."""
+        there = {x.untyped_storage()._cdata for x in tree_leaves(args) if torch.is_tensor(x)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in there | self.living:  # neither a view nor in place
+                    self._hold(storage)
+        return out
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.living.add(key)
+        self.held += size
+        if self.held > self.peak:
+            self.peak = self.held
+            self.gradients = sum(p.grad.nbytes for p in self.parameters if p.grad is not None)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.living.discard(key)
+        self.held -= size
 
 
 def plan(counts: Counts, config: PretrainConfig, block_size: int, machine: PlanConfig) -> dict:
@@ -131,11 +182,12 @@ def plan(counts: Counts, config: PretrainConfig, block_size: int, machine: PlanC
     step_tokens = batch * block_size * machine.devices
     tokens = int(machine.train_tokens or config.max_steps * step_tokens)
     parts = machine.devices if machine.shard else 1
+    split = counts.peak_gradient_bytes * (parts - 1) // parts  # what of them other devices hold
     memory = {
         "weight_bytes": -(-counts.weight_bytes // parts),
-        "gradient_bytes": -(-counts.gradient_bytes // parts),
         "optimizer_bytes": -(-counts.optimizer_bytes // parts),
-        "activation_bytes": counts.activation_bytes,
+        "step_bytes": counts.step_bytes - split,
+        "bucket_bytes": counts.gradient_bytes if machine.devices > parts else 0,  # DDP's
     }
     flops = counts.flops_per_token * tokens
     return {
