@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -187,9 +188,12 @@ def train_step(
         FloatingPointError: one of them is not finite; no weight has changed.
     """
     loss = torch.zeros((), device=accelerator.device)
-    for batch in batches:
-        part = loss_of(*batch) / config.gradient_accumulation_steps
-        accelerator.backward(part)
+    for number, batch in enumerate(batches, start=1):
+        # DDP sends gradients once a step; FSDP2 would have to keep them whole until then
+        sends = number == config.gradient_accumulation_steps or accelerator.is_fsdp2
+        with nullcontext() if sends else accelerator.no_sync(net):
+            part = loss_of(*batch) / config.gradient_accumulation_steps
+            accelerator.backward(part)
         loss += part.detach()
     loss = accelerator.reduce(loss, "mean")
     norm = accelerator.clip_grad_norm_(net.parameters(), config.max_grad_norm or math.inf)
