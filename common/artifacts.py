@@ -89,6 +89,8 @@ class StageOutput:
         self.path = Path(path)
         self.config = config
         passed_over = INCIDENTAL | incidental
+        if config.get("load_best_model_at_end"):  # of the checkpoints that were saved
+            passed_over -= {"save_steps"}
         identity = {name: value for name, value in config.items() if name not in passed_over}
         self.manifest = {"config": identity, "sources": sources}
         old = self._read_manifest()

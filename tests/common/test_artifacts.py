@@ -56,6 +56,10 @@ def test_what_has_no_influence_may_change(tmp_path: Path) -> None:
     StageOutput(str(tmp_path), config, sources, incidental=frozenset({"eval_steps"}))
     with pytest.raises(UserError, match=r"holds a run with eval_steps 7 \(now 8\)"):
         StageOutput(str(tmp_path), config, sources)
+    best = {"seed": 0, "eval_steps": 7, "load_best_model_at_end": True}
+    write_json(tmp_path / "manifest.json", {"config": best | {"save_steps": 9}, "sources": sources})
+    with pytest.raises(UserError, match=r"holds a run with save_steps 9 \(now 5\)"):
+        StageOutput(str(tmp_path), best | {"save_steps": 5}, sources)
 
 
 def test_what_no_run_has_left_is_in_no_danger(tmp_path: Path) -> None:
