@@ -87,7 +87,8 @@ def load_rows(
         identity: Any = hub._fingerprint
         sources: Sources = [(source, lambda: enumerate(hub, start=1))]
     else:
-        identity = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        stats = [(f, f.stat()) for f in files]  # a row says by which name its file was given
+        identity = [(str(f), str(f.resolve()), s.st_size, s.st_mtime_ns) for f, s in stats]
         sources = [(str(file), partial(read_rows, file)) for file in files]
     code = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in _CODE]
     key = json.dumps([identity, format, columns, list(keep), where, skip, code], sort_keys=True)

@@ -134,6 +134,16 @@ def test_a_changed_file_is_read_again(load, tmp_path):
     assert rows.cache_files and str(tmp_path) in rows.cache_files[0]["filename"]  # not in memory
 
 
+def test_a_row_names_its_file_as_it_was_given(tmp_path):
+    """Broken once: read by a link before, a file was named by that for ever, a deleted one too."""
+    file, link = tmp_path / "rows.jsonl", tmp_path / "link.jsonl"
+    file.write_text(json.dumps({"text": "a"}) + "\n")
+    link.symlink_to(file)
+    for path in (link, file):
+        rows = load_rows(str(path), format="text", where=True, cache_dir=str(tmp_path / "cache"))
+        assert rows["where"] == [f"{path}, row 1"]
+
+
 def test_holdout_parts_no_prompt(tmp_path):
     answers = [(f"q{i % 20}", f"a{i}") for i in range(60)]  # three answers a question
     rows = Dataset.from_list([{"messages": say(f"u: {q}", f"a: {a}")} for q, a in answers])
