@@ -181,13 +181,15 @@ def test_two_processes_give_what_one_gives(folder: Path, stage: str, tmp_path: P
     """
     size = {"sft": 16, "reward": 8}[stage]  # of rows; of 24 prompts, so that no step is partial
     # in float32 wherever it runs: bfloat16's rounding is of the tolerance's size
-    extra = {"max_steps": 4, "learning_rate": 0.05, "warmup_steps": 0, "bf16": "false"}
+    # at a rate by which nothing diverges, or rounding would grow with the weights
+    rate = {"sft": 0.05, "reward": 0.005}[stage]
+    extra = {"max_steps": 4, "learning_rate": rate, "warmup_steps": 0, "bf16": "false"}
     extra |= {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant"}
     extra |= {"ptx_windows": 2} if stage == "sft" else {}  # one for each process
     one = tmp_path / "one"
     run_stage(stage, folder, output_dir=one, per_device_train_batch_size=size, **extra)
     moved = weights_differ(folder / "pretrain", one)
-    assert moved > 1e-3
+    assert 1e-3 < moved < 10
     extra |= {"processes": 2, "per_device_train_batch_size": size // 2}
     for kind, sharded in (("ddp", False), ("fsdp2", True)):
         two = tmp_path / kind
