@@ -185,8 +185,9 @@ def keep_answerable(
         UserError: none does.
     """
     context = AutoConfig.from_pretrained(model).max_position_embeddings
-    lengths = measure_lengths(prompts, tokenizer, None).row_lengths
-    kept = [i for i, length in enumerate(lengths) if length + max_new_tokens <= context]
+    batches = prompts.iter(batch_size=256)
+    rows = (row for batch in batches for row in _row_lengths(batch, tokenizer))
+    kept = [i for i, [(length, _)] in enumerate(rows) if length + max_new_tokens <= context]
     if not kept:
         raise UserError(
             f"none of {len(prompts):,} prompts leaves {max_new_tokens} tokens for an answer in the "
