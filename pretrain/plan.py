@@ -115,20 +115,22 @@ def measure_step(model: Any, optimizers: list[Any], batch_size: int, *, bf16: bo
     thrown away: where the vocabulary is large the loss's gradient for the logits, in float32, is
     the largest array of all.
     """
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    for optimizer in optimizers:  # a first step, which makes their states
+    take_step(model, optimizers, batch_size, bf16=bf16)  # it makes the optimizers' states
+    with PeakMemory(model) as memory:
+        take_step(model, optimizers, batch_size, bf16=bf16)
+    return memory
+
+
+def take_step(model: Any, optimizers: list[Any], batch_size: int, *, bf16: bool) -> None:
+    """Forward, backward and update on a micro-batch of whole windows."""
+    ids = torch.zeros(batch_size, model.config.max_position_embeddings, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = token_loss(model, ids, ids)
+    loss.backward()
+    del loss
+    for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    ids = torch.zeros(batch_size, model.config.max_position_embeddings, dtype=torch.long)
-    with PeakMemory(model) as memory:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = token_loss(model, ids, ids)
-        loss.backward()
-        del loss
-        for optimizer in optimizers:
-            optimizer.step()
-    return memory
 
 
 class PeakMemory(TorchDispatchMode):

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.gpt import build_config, build_gpt
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.optimizer import build_optimizers
-from pretrain.plan import Counts, PlanConfig, count, plan
+from pretrain.plan import Counts, PlanConfig, count, plan, take_step
 from pretrain.speed import flops_per_token
 from pretrain.train import token_loss
 
@@ -82,20 +82,9 @@ def test_memory_is_the_peak_of_a_step(shape: Any, vocab_size: int, here: bool) -
     optimizers = build_optimizers(
         model, learning_rate=0.1, muon_learning_rate=0.1, weight_decay=0.0, bf16=bf16
     )
-    ids = torch.zeros(4, SMALL["block_size"], dtype=torch.long)
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = token_loss(model, ids, ids)
-        loss.backward()
-        del loss
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    step()
+    take_step(model, optimizers, 4, bf16=bf16)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
+        take_step(model, optimizers, 4, bf16=bf16)
     changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for change in sorted(changes, key=lambda e: e.start_ns()):
