@@ -136,7 +136,7 @@ class PlaysTask:
 
     def rankings(self, sample: Sample, split: str, count: int, noise: float) -> Dataset:
         """The true reply over a reply from elsewhere, and over the model's own."""
-        pairs = self._pairs("align" if split == "train" else "validation")
+        pairs = self._pairs("align" if split == "train" else split)
         rows = plays.false_replies(pairs, seed=0)[:count]
         rows = [{**row, "kind": "true_elsewhere", "flipped": False} for row in rows]
         drawn = sample([row["prompt"][-1]["content"] for row in rows])
@@ -150,7 +150,7 @@ class PlaysTask:
 
     def prompt_rows(self, split: str, count: int) -> Dataset:
         """Speeches to reply to."""
-        pairs = self._pairs("align" if split in ("train", "align") else "validation")
+        pairs = self._pairs("align" if split == "train" else split)
         random.Random(0).shuffle(pairs)
         return Dataset.from_list([{"prompt": row["messages"][:-1]} for row in pairs[:count]])
 
@@ -158,7 +158,7 @@ class PlaysTask:
         self, answer: Answer, use: str = "test", limit: int | None = None
     ) -> dict[str, float]:
         """Share of words that occur in the plays, of lines said twice, and words a reply."""
-        pairs = self._pairs("validation")[:200][:limit]
+        pairs = self._pairs(use)[:200][:limit]
         asked = [row["messages"][-2]["content"] for row in pairs]
         replies = answer(asked)
         words = [word for reply in replies for word in re.findall(r"[a-z']+", reply.lower())]
@@ -174,11 +174,14 @@ class PlaysTask:
         return [row["messages"][-2]["content"] for row in self._pairs("validation")[:8]]
 
     def _pairs(self, use: str) -> list[dict[str, Any]]:
-        """Dialogue for `sft`, for `align` (ranking and PPO) or for `validation`."""
-        part = "validation" if use == "validation" else "train"
+        """Dialogue for `sft`, for `align` (ranking and PPO), or held out: `dev` the first half of
+        the validation part, `test` the second, `validation` both.
+        """
+        part, share = ("train", TUNED_SHARE) if use in ("sft", "align") else ("validation", 0.5)
         pairs = plays.dialogue_pairs(plays.parse_plays(self.parts[part]), self.max_chars)
-        tuned = round(TUNED_SHARE * len(pairs))
-        return {"validation": pairs, "sft": pairs[:tuned], "align": pairs[tuned:]}[use]
+        cut = round(share * len(pairs))
+        ends = {"sft": pairs[:cut], "align": pairs[cut:], "dev": pairs[:cut], "test": pairs[cut:]}
+        return ends.get(use, pairs)
 
 
 class FileTask:

@@ -8,7 +8,7 @@ import pytest
 from common.tasks import PlaysTask, load_task
 
 SPEAKERS = "ANN", "BOB", "CAL"
-SPEECHES = 1200
+SPEECHES = 2400
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +68,18 @@ def test_replies_to_rank_were_never_trained_on(task: PlaysTask) -> None:
 
 
 def test_prompts_of_ppo_are_not_those_of_the_evaluation(task: PlaysTask) -> None:
-    train, test = (
+    """Nor are those that settings are chosen by. Broken once: dev was test."""
+    train, dev, test = (
         {number(row["prompt"][-1]) for row in task.prompt_rows(split, 5000)}
-        for split in ("align", "test")
+        for split in ("align", "dev", "test")
     )
-    assert train and test and max(train) < min(test)
+    assert train and dev and test and max(train) < min(dev) and max(dev) < min(test)
+    asked: dict[str, list[str]] = {}
+    for use in ("dev", "test"):
+        task.measure(lambda questions, use=use: asked.setdefault(use, questions), use)  # type: ignore[misc]
+        ranked = task.rankings(lambda questions: [[] for _ in questions], use, 5000, noise=0.0)
+        assert {number(row["chosen"][0]) - 1 for row in ranked} <= (dev if use == "dev" else test)
+    assert not set(asked["dev"]) & set(asked["test"])
     assert len(task.prompt_rows("align", 7)) == 7
 
 
