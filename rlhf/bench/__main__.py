@@ -19,6 +19,7 @@ first on an idle machine, whatever else runs.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common.artifacts import write_json
 from common.errors import UserError
 from rlhf.bench.problem import Problem, create, write
 
@@ -247,8 +249,13 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.6, help="reward to be reached, at most 1")
     args = parser.parse_args()
     trl112 = os.environ.get("TRL112") or None
+    if min(args.rounds, args.seeds) < 1:
+        raise UserError(f"rounds ({args.rounds}) and seeds ({args.seeds}) must be 1 or more")
+    if trl112 is not None and shutil.which(trl112) is None:
+        raise UserError(f"TRL112 ({trl112}): there is no such interpreter")
     folder = args.output_dir / "rlhf"
     figures = bench_reward(folder / "reward", trl112, args.target, args.seeds)
+    keep(figures, args.output_dir)
     for name, problem in {"lengths": LENGTHS, "vocabulary": VOCABULARY}.items():
         found, workers = bench_speed(name, problem, folder / name, trl112, args.rounds)
         figures |= found
@@ -265,10 +272,15 @@ def main() -> None:
                 suffix = "" if critic == "separate" else "_shared"
                 peaks = [1 / ratio for ratio in turns(mine, theirs, "peak_mb")]
                 figures |= spread(f"memory_ratio{suffix}", peaks)
+        keep(figures, args.output_dir)
+    for figure, value in figures.items():
+        print(f"{figure:<60} {value:.4g}")
+
+
+def keep(figures: Figures, folder: Path) -> None:
+    """Write what has been measured so far."""
     rounded = {figure: float(f"{value:.4g}") for figure, value in figures.items()}
-    (args.output_dir / "rlhf.json").write_text(json.dumps(rounded, indent=2), encoding="utf-8")
-    for figure, value in rounded.items():
-        print(f"{figure:<60} {value:g}")
+    write_json(folder / "rlhf.json", rounded)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from common.errors import UserError
+from rlhf.bench import __main__ as bench
 from rlhf.bench.__main__ import (
     LENGTHS,
     REWARD,
@@ -89,6 +90,17 @@ def test_a_worker_that_fails_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"trl112 ended before it was told to: see .*trl112\.log"):
         start(TINY, {}, tmp_path, trl112=sys.executable)  # no TRL 1.12 in it
     assert "trl.experimental.ppo" in (tmp_path / "trl112.log").read_text(encoding="utf-8")
+
+
+def test_what_the_bench_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken once: found by a traceback, that of rounds after all had been measured."""
+    monkeypatch.setattr(sys, "argv", ["bench", "--rounds", "0"])
+    with pytest.raises(UserError, match=r"rounds \(0\) and seeds \(3\) must be 1 or more"):
+        bench.main()
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    monkeypatch.setenv("TRL112", "/no/such/python")
+    with pytest.raises(UserError, match=r"TRL112 \(/no/such/python\): there is no such"):
+        bench.main()
 
 
 def fake(scores: list[float]) -> Any:
