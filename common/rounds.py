@@ -21,6 +21,9 @@ from common.config import as_flags, parse_config, run
 from common.errors import UserError
 from common.report import show_columns
 from common.stage import run_stage
+from reward.config import BY_DATA
+
+RANKED_BY_DATA = ("arden", "shakespeare")  # what labels any answers by itself
 
 
 @dataclass
@@ -47,6 +50,12 @@ def main() -> None:
         require_parent(str(first / stage), f"make all {make_variable(first)}")
     for stage in ("reward", "rlhf"):
         on = yaml.safe_load((first / stage / "config.yaml").read_text(encoding="utf-8"))
+        if stage == "reward" and on["labeller"] == BY_DATA and on["data"] not in RANKED_BY_DATA:
+            raise UserError(
+                f"{first / stage} learned from rankings that were given ({on['data']}): nobody "
+                f"ranks new answers. Have them ranked: make rankings {make_variable(first)}, with "
+                f'ARGS="--policy {first}/rlhf --labeller people"'
+            )
         if on["evaluate_on"] != config.evaluate_on:
             raise UserError(
                 f"{first / stage} was measured on {on['evaluate_on']}, further rounds would be on "

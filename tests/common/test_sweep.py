@@ -53,18 +53,26 @@ def test_rounds(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Broken by the first round's policy and reward model in every round."""
+    """Broken by the first round's policy and reward model in every round; once: rankings that were
+    given trained on again.
+    """
     monkeypatch.setattr(sys, "argv", ["rounds", "--rounds", "3"])
     with pytest.raises(UserError, match="no finished model in out/arden/sft: run `make all"):
         rounds.main()
     for stage in ("sft", "reward", "rlhf"):
         write_json(Path("out/arden") / stage / "config.json", {})
         write_json(Path("out/arden") / stage / "summary.json", {"gold": 0.0})
-        write_json(Path("out/arden") / stage / "config.yaml", {"evaluate_on": "dev"})
+        settings = {"evaluate_on": "dev", "data": "own.jsonl", "labeller": "data"}
+        write_json(Path("out/arden") / stage / "config.yaml", settings)
+    with pytest.raises(UserError, match=r"given \(own.jsonl\): nobody ranks new answers. Have th"):
+        rounds.main()
+    settings["data"] = "arden"
+    write_json(Path("out/arden/reward/config.yaml"), settings)
     with pytest.raises(UserError, match="was measured on dev, further rounds would be on test"):
         rounds.main()
+    settings["evaluate_on"] = "test"
     for stage in ("sft", "reward", "rlhf"):
-        write_json(Path("out/arden") / stage / "config.yaml", {"evaluate_on": "test"})
+        write_json(Path("out/arden") / stage / "config.yaml", settings)
     rounds.main()
     names = ("--output_dir", "--model_name_or_path", "--policy", "--reward")
     ran = [[c.get(name, "").removeprefix("out/arden/") for name in names] for c in commands]
