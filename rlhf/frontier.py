@@ -5,15 +5,16 @@
 
 Each run is stage 4 by its ordinary command, into `<output_dir>/<method>_<beta>_<seed>/`; best of n
 needs no training. Finished runs are kept, so that the same command goes on where it was killed and
-another with more methods, coefficients or seeds adds to them; a run that is to be made anew must be
-deleted first. All finished ones go into `<output_dir>.json` (a row a run), `.md` (a table of
-means over seeds) and `.svg`.
+another with more methods, coefficients or seeds adds to them; with another configuration of the
+stage, or another model or reward model, it is refused the folder. All finished ones go into
+`<output_dir>.json` (a row a run), `.md` (a table of means over seeds) and `.svg`.
 
 Where the score goes on rising with KL and gold falls, the reward model is over-optimised
 (arXiv 2210.10760).
 """
 
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -26,13 +27,14 @@ from typing import Any
 
 import yaml
 
-from common.artifacts import read_json, write_json, write_text
+from common.artifacts import MEASURED, hash_model, read_json, write_json, write_text
 from common.config import parse_config, run
 from common.errors import UserError
 from rlhf.frontier_plot import plot_frontier
 from rlhf.methods import METHODS
 
 BEST_OF_N = "best_of_n"
+RUN = re.compile(rf"({'|'.join(METHODS)})_[\d.e-]+_\d+")
 # of a row, and of the table: from a summary's `<figure>_after`
 FIGURES = (
     "score",
@@ -83,11 +85,19 @@ class FrontierConfig:
             raise UserError(f"methods ({', '.join(unknown)}) must be of {known}")
         if self.jobs < 1:
             raise UserError(f"jobs ({self.jobs}) must be 1 or more")
-        if not Path(self.stage_config).exists():
+        if min(self.betas) < 0 or min(self.n) < 1:
+            raise UserError(f"betas ({self.betas}) must not be below 0, n ({self.n}) not below 1")
+        if not Path(self.stage_config).is_file():
             raise UserError(f"stage_config ({self.stage_config}): there is no such file")
-        data = yaml.safe_load(Path(self.stage_config).read_text(encoding="utf-8")).get("data")
+        data = self.stage.get("data")
         if data != "arden":
             raise UserError(f"stage_config ({self.stage_config}) has data {data}: gold is arden's")
+
+    @property
+    def stage(self) -> dict[str, Any]:
+        """What `stage_config` says."""
+        read = yaml.safe_load(Path(self.stage_config).read_text(encoding="utf-8"))
+        return read if isinstance(read, dict) else {}
 
 
 def main() -> None:
@@ -95,14 +105,16 @@ def main() -> None:
     (config,) = parse_config(FrontierConfig)
     folder = Path(config.output_dir)
     commands = plan_runs(config)
-    left = {name: command for name, command in commands.items() if not finished(folder / name)}
+    keep_to_one_setting(folder, config)
+    left = {
+        name: command for name, command in commands.items() if not finished(folder / name, config.n)
+    }
     minutes = sum(SECONDS[method_of(name)] for name in left) / 60
     print(
         f"frontier: {len(commands)} runs, {len(commands) - len(left)} of them finished; the others "
         f"take about {minutes:.0f} min of one core",
         flush=True,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads // config.jobs))}
     stop = threading.Event()
@@ -155,20 +167,44 @@ def plan_runs(config: FrontierConfig) -> dict[str, list[str]]:
     return commands
 
 
+def keep_to_one_setting(folder: Path, config: FrontierConfig) -> None:
+    """Note in `folder` what its runs have in common.
+
+    Raises:
+        UserError: the runs that are there have something else.
+    """
+    models = [config.stage[name] for name in ("model_name_or_path", "reward")]
+    common = config.stage | {
+        "num_updates": config.num_updates or config.stage.get("num_updates"),
+        "models": {str(name): hash_model(Path(str(name))) for name in models},
+    }
+    noted = read_json(folder / "setting.json") or common
+    differ = [name for name in common | noted if common.get(name) != noted.get(name)]
+    if differ:
+        raise UserError(
+            f"{folder} holds runs with {differ[0]} {noted.get(differ[0])} (now "
+            f"{common.get(differ[0])}): give another --output_dir"
+        )
+    write_json(folder / "setting.json", common)
+
+
 def method_of(name: str) -> str:
     """The method of a run's folder."""
     return BEST_OF_N if name == BEST_OF_N else name.split("_")[0]
 
 
-def finished(folder: Path) -> bool:
-    """Whether a run's figures are there."""
-    return any((folder / name).exists() for name in ("summary.json", f"{BEST_OF_N}.json"))
+def finished(folder: Path, n: list[int]) -> bool:
+    """Whether a run's figures are there; of best of n, for every `n`."""
+    best = {row["n"] for row in read_json(folder / MEASURED) or []}
+    return (folder / "summary.json").exists() or set(n) <= best
 
 
 def collect(folder: Path) -> list[Row]:
     """A row for each finished run: method, kl_coefficient (or n), seed, kl and `FIGURES`."""
     rows: list[Row] = []
     for path in sorted(folder.glob("*_*_*/summary.json")):
+        if not RUN.fullmatch(path.parent.name):  # set aside by hand
+            continue
         method, beta, seed = path.parent.name.split("_")
         summary = read_json(path)
         figures = {name: summary[f"{name}_after"] for name in FIGURES}
@@ -177,7 +213,7 @@ def collect(folder: Path) -> list[Row]:
             | {"kl": summary["kl"]}
             | figures
         )
-    for best in read_json(folder / BEST_OF_N / f"{BEST_OF_N}.json") or []:
+    for best in read_json(folder / BEST_OF_N / MEASURED) or []:
         rows.append(
             {"method": BEST_OF_N, "kl_coefficient": None, "n": best["n"], "seed": 0}
             | {name: best[name] for name in ("kl", *FIGURES)}

@@ -30,7 +30,7 @@ def test_a_tiny_frontier(
     """One run by its command, on an untrained policy; the second call runs only what is new.
 
     Broken once: figures from before the training in place of those after; finished runs not
-    skipped.
+    skipped; another n taken for finished; runs of other lengths averaged; a folder set aside read.
     """
     policy, reward = save_toy(tmp_path / "policy"), tmp_path / "reward"
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -63,6 +63,8 @@ def test_a_tiny_frontier(
         return execute(command, **options)
 
     monkeypatch.setattr(subprocess, "run", watch)
+    (tmp_path / "out" / "grpo_0.1_3_old").mkdir()
+    (tmp_path / "out" / "grpo_0.1_3_old" / "summary.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", [*run, "--methods", "grpo", "best_of_n"])
     frontier.main()
     assert [command[2] for command in began] == ["rlhf.best_of_n"]
@@ -73,6 +75,12 @@ def test_a_tiny_frontier(
         ("grpo", None),
     ]
     assert rows[2] == only and rows[0]["score"] < rows[1]["score"]
+    monkeypatch.setattr(sys, "argv", [*run, "4", "--methods", "best_of_n"])
+    frontier.main()
+    assert [r["n"] for r in json.loads((tmp_path / "out.json").read_text())] == [1, 2, 4, None]
+    monkeypatch.setattr(sys, "argv", [*run, "--num_updates", "2"])
+    with pytest.raises(UserError, match=r"holds runs with num_updates 1 \(now 2\): give another"):
+        frontier.main()
 
 
 def test_a_failed_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +92,8 @@ def test_a_failed_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "argv", ["frontier", *flags, "--methods", "ppo", "--betas", "0.1"])
     with pytest.raises(UserError, match=r"ppo_0.1_0 ended with code 2, .*no finished model in now"):
         frontier.main()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["ppo_0.1_0.log"]
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"ppo_0.1_0.log", "setting.json"}
     with pytest.raises(UserError, match=r"methods \(trpo\) must be of ppo, rloo"):
         FrontierConfig(methods=["ppo", "trpo"])
     with pytest.raises(UserError, match=r"has data own\.jsonl: gold is arden's"):
