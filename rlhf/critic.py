@@ -97,12 +97,12 @@ def build_critic(
 ) -> Critic:
     """A critic with the reward model's trunk, or the policy's where there is no reward model.
 
-    With the reward model's head too, its values start as normalised scores of the unfinished text.
+    With the reward model's head too, its values start as normalised scores of the unfinished text;
+    not where that head is a part of the score alone, beside log-probabilities.
     """
-    copied = reward_model is not None and head == "copy"
     model: Any
     if isinstance(reward_model, LogprobHead):
-        model = reward_model.plain()
+        model, head = reward_model.plain(), "zero"
     elif reward_model is not None:
         model = type(reward_model)(reward_model.config)
         model.load_state_dict(reward_model.state_dict())
@@ -111,10 +111,11 @@ def build_critic(
         config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(config)
         model.base_model.load_state_dict(_plain_state(language_model(policy).base_model))
-    if not copied:
-        nn.init.zeros_(model.score.weight)
     disable_dropout(model)
-    return Critic(model.float(), score_mean, score_std) if copied else Critic(model.float())
+    if reward_model is not None and head == "copy":
+        return Critic(model.float(), score_mean, score_std)
+    nn.init.zeros_(model.score.weight)
+    return Critic(model.float())
 
 
 def plain_policy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -28,6 +28,7 @@ from trl import RewardConfig, RewardTrainer
 
 from common.errors import UserError
 from common.generation import generate_answers
+from common.reward_gpt import logprob_scorer
 from common.stage import train_or_resume
 from rlhf.config import PPOConfig
 from rlhf.score import TokenScorer, turn_suffix
@@ -243,6 +244,19 @@ def test_critic_starts_as_the_weighted_reward_that_is_trained_on(
     reward_model = AutoModelForSequenceClassification.from_pretrained(reward_path)
     score = reward_model(input_ids=ids[:, :3]).logits[0, 0]
     torch.testing.assert_close(trainer.model(**where)[2][0, 1], (-3 * score - 0.3) / 2.0)
+
+
+def test_critic_of_a_score_beside_logprobs_starts_at_zero(build: Build, policy_path: str) -> None:
+    """The head is a part of that score: without the other it is far off, where whole scores have
+    mean 0. Broken once: the head copied, on the whole score's scale.
+    """
+    reward_model = logprob_scorer(policy_path, [3])
+    torch.nn.init.normal_(reward_model.score.weight)
+    trainer = build(reward_funcs=reward_model, score_mean=0.3, score_std=2.0)
+    where = {"prompt_lengths": torch.tensor([2]), "completion_mask": torch.ones(1, 2).bool()}
+    assert not trainer.model(input_ids=torch.tensor([[4, 5, 6, 1]]), **where)[2].any()
+    theirs, ours = reward_model.base_model, trainer.model.critic.model.base_model
+    assert torch.equal(ours.layers[0].mlp.up_proj.weight, theirs.layers[0].mlp.up_proj.weight)
 
 
 def test_a_checkpoints_own_sampling_is_left_out(tmp_path: Path) -> None:
