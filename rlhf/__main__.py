@@ -37,16 +37,17 @@ from common.stage import (
 )
 from common.token_file import TokenFile
 from common.tokenizer import load_tokenizer
-from rlhf.align import AlignConfig, align_prompts, load_rewards, lora
+from rlhf.align import AlignConfig, align_prompts, load_rewards, lora, measure_as_trained
 from rlhf.config import PPOConfig
 from rlhf.critic import plain_policy
 from rlhf.invariants import BrokenInvariant
 from rlhf.measure import measure, measure_best_of, measured_rows
-from rlhf.methods import build_trainer
+from rlhf.methods import build_trainer, check_run
 from rlhf.rewards import (
     further_columns,
     hash_function,
     is_function,
+    is_model,
     known_scores,
     score_answers,
     weigh,
@@ -56,7 +57,7 @@ from rlhf.rewards import (
 def main() -> None:
     """Align the fine-tuned model, measure before and after, leave the artifacts."""
     config, args = parse_config(AlignConfig, PPOConfig, defaults=TRAINER_DEFAULTS)
-    config.max_new_tokens = args.max_completion_length  # measure as it was trained
+    measure_as_trained(config, args)
     folders = [r for r in config.reward if r != "judge" and not is_function(r)]
     sources = {f"reward_{i}" if i else "reward": name for i, name in enumerate(folders)}
     hashes = {name: hash_function(name) for name in config.reward if is_function(name)}
@@ -79,6 +80,7 @@ def main() -> None:
         context = policy.config.max_position_embeddings
         PretrainingText(args.ptx_data, args.ptx_windows, context, args.seed, tokenizer)
     prompts = align_prompts(stage.task, stage.parent, tokenizer, config, "align", config.prompts)
+    check_run(config.method, rewards, args, policy, tokenizer, prompts)
     rows = [*prompts, *measured_rows(stage.task, stage.parent, tokenizer, config)]
 
     def score(chats: list[Chat]) -> list[float]:
@@ -92,7 +94,9 @@ def main() -> None:
     with args.main_process_first():
         if args.process_index == 0:
             stage.output.start()
-    std = statistics.pstdev(known) if folders else None  # a function's scale is its author's
+    pairs = zip(rewards, weights, strict=True)
+    models = [reward for reward, weight in pairs if weight and is_model(reward)]
+    std = statistics.pstdev(known) if models else None  # a function's scale is its author's
     args.scale_scores(statistics.fmean(known), std)
     before = measure(policy, policy, score, tokenizer, stage, config)
     evaluates = args.eval_strategy != "no"
@@ -149,7 +153,7 @@ def write_samples(
         for model in (before, after)
     ]
     pairs = [[old[0], new[0]] for old, new in zip(*answers, strict=True)]
-    return format_samples("Greedy answers before and after PPO", questions, pairs)
+    return format_samples("Greedy answers before and after alignment", questions, pairs)
 
 
 if __name__ == "__main__":

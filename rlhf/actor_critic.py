@@ -39,6 +39,7 @@ from rlhf.critic import (
     read_completions,
 )
 from rlhf.prompts import check_inputs
+from rlhf.rewards import tell_apart
 from rlhf.sampling import sample_fast
 from rlhf.score import RewardFunc, TokenScorer, as_function, turn_suffix
 
@@ -89,6 +90,7 @@ class ActorCriticTrainer(RLOOTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
+        self.reward_func_names = tell_apart(funcs)
         if tokenizer.pad_token_id in self.eos_token_ids:
             raise UserError(f"pad token {tokenizer.pad_token!r} ends completions in {path}")
         self.ptx: PretrainingText | None = None

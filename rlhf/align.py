@@ -22,6 +22,7 @@ from common.generation import draw_chats
 from common.lengths import keep_answerable
 from common.stage import DataConfig
 from common.tasks import Task
+from rlhf.config import PPOConfig
 from rlhf.ensemble import Ensemble
 from rlhf.methods import METHODS
 from rlhf.rewards import is_function, load_function
@@ -69,7 +70,7 @@ class AlignConfig(DataConfig):
         """One reward may stand without brackets in the YAML."""
         super().__post_init__()
         require(self, 1, "prompts", "eval_prompts")
-        require(self, 0, "lora_r", "best_of")
+        require(self, 0, "lora_r", "best_of", "disagreement_penalty")
         self.reward = [self.reward] if isinstance(self.reward, str) else self.reward
         if self.method not in METHODS:
             raise UserError(f"method ({self.method}) must be one of {', '.join(METHODS)}")
@@ -86,6 +87,20 @@ class AlignConfig(DataConfig):
     def reward_names(self) -> list[str]:
         """What is weighed: the rewards, or the one that they make."""
         return ["ensemble"] if self.disagreement_penalty else self.reward
+
+
+def measure_as_trained(config: AlignConfig, args: PPOConfig) -> None:
+    """Set the longest answer that is measured to the longest that is sampled in training.
+
+    Raises:
+        UserError: another one was given.
+    """
+    given, longest = config.max_new_tokens, int(args.max_completion_length or 0)
+    if given not in (DataConfig.max_new_tokens, longest):
+        raise UserError(
+            f"max_new_tokens ({given}) follows from max_completion_length ({longest}): set that"
+        )
+    config.max_new_tokens = longest
 
 
 def load_reward(

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.arden.task import ArdenTask
-from common.artifacts import MEASURED, require_parent, write_json
+from common.artifacts import MEASURED, require_kind, require_parent, write_json
 from common.config import parse_config, run
 from common.errors import UserError
 from common.generation import answered
 from common.stage import TRAINER_DEFAULTS, open_task, print_figures
 from common.tokenizer import load_tokenizer
-from rlhf.align import AlignConfig, load_rewards
+from rlhf.align import AlignConfig, load_rewards, measure_as_trained
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
 from rlhf.measure import SHORT_NAMES, gold, measured_rows
@@ -59,10 +59,13 @@ def main() -> None:
     best_of, config, args = parse_config(
         BestOfConfig, AlignConfig, PPOConfig, defaults=TRAINER_DEFAULTS
     )
+    if not args.output_dir:
+        raise UserError("output_dir is empty: name a folder for the figures")
+    measure_as_trained(config, args)
     parent = require_parent(config.model_name_or_path, config.parent_command)
+    require_kind(parent, scores=False)
     task = open_task(config)
     tokenizer = load_tokenizer(parent)
-    config.max_new_tokens = args.max_completion_length
     rewards = load_rewards(config, task, parent, tokenizer, args.device)
     rows = measured_rows(task, parent, tokenizer, config)
     weights = weigh(config.reward_names, args.reward_weights)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from trl import RLOOConfig
 
+from common.config import require
 from common.errors import UserError
 
 
@@ -37,6 +38,10 @@ class PPOConfig(RLOOConfig):
     gae_lambda: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
     critic_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the critic; unset: learning_rate."}
+    )
+    dpo_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate where the method is dpo; unset: learning_rate."},
     )
     share_trunk: bool = field(
         default=False,
@@ -163,13 +168,27 @@ class PPOConfig(RLOOConfig):
     def _check(self) -> None:
         """Refuse what PPO cannot honour."""
         counts = "num_mini_batches", "num_ppo_epochs", "num_generations", "kl_horizon"
-        optional = ("score_std", "num_updates", "critic_learning_rate", "max_completion_length")
+        rates = "critic_learning_rate", "dpo_learning_rate"
+        optional = ("score_std", "num_updates", "kl_budget", "target_kl", *rates)
         given = [name for name in optional if getattr(self, name) is not None]
         for name in (*counts, "ptx_windows", "temperature", "clip_range", *given):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} ({getattr(self, name)}) must be above 0")
+        if not (self.max_completion_length or 0) > 0:
+            raise UserError(
+                f"max_completion_length ({self.max_completion_length}) must be a number above 0"
+            )
         if self.beta < 0:
             raise UserError(f"beta ({self.beta:g}) must not be below 0: it would pay for distance")
+        require(self, 0, "vf_coef", "clip_range_value", "missing_eos_penalty")
+        clip = self.reward_clip_range
+        if clip is not None and not clip[0] < clip[1]:
+            raise UserError(f"reward_clip_range ({clip}) must be a lower bound and a higher one")
+        if self.num_updates is None and self.max_steps == -1 and self.num_train_epochs % 1:
+            raise UserError(
+                f"num_train_epochs ({self.num_train_epochs}) may end inside an update: give a "
+                "whole number, or num_updates"
+            )
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} ({getattr(self, name)}) must be between 0 and 1")
@@ -177,10 +196,10 @@ class PPOConfig(RLOOConfig):
             raise UserError(
                 "kl_budget needs a reference: set beta above 0 (1e-9 penalises nothing)"
             )
-        if self.target_kl is not None and not (self.target_kl > 0 and self.beta > 0):
+        if self.target_kl is not None and self.beta == 0.0:
             raise UserError(
-                f"target_kl ({self.target_kl}) must be above 0, and beta ({self.beta}), where the "
-                "KL coefficient starts, too"
+                f"target_kl ({self.target_kl}) needs a beta ({self.beta}) above 0, where the KL "
+                "coefficient starts"
             )
         if self.ptx_coef < 0 or (self.ptx_coef and not self.ptx_data):
             raise UserError(
@@ -191,7 +210,13 @@ class PPOConfig(RLOOConfig):
             raise UserError("use_vllm (True): weights are not sent there, set it False")
         if not self.disable_dropout:
             raise UserError("disable_dropout (False): PPO compares log-probabilities, set it True")
+        if self.chat_template_kwargs:
+            raise UserError(
+                f"chat_template_kwargs ({self.chat_template_kwargs}): the reward model and what is "
+                "measured read the template without them, write them into it"
+            )
         plain = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+        plain["generation_kwargs"] = None
         for name, value in plain.items():
             if getattr(self, name) != value:
                 raise UserError(

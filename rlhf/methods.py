@@ -9,44 +9,91 @@ has fewer prompts. RLOO takes the KL penalty off the reward as PPO does, GRPO ad
 
 DPO (2305.18290) samples once, before training: of `num_generations` answers of the starting policy
 the reward picks the best and the worst, and these pairs are trained on, as many a step as PPO has
-completions. An answer that was cut off passes for a finished one there.
+completions, at `dpo_learning_rate`. An answer that was cut off passes for a finished one there.
 """
 
 import dataclasses
 import math
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, Trainer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.data_utils import is_conversational
 
 from common.batches import Chat
 from common.errors import UserError
+from rlhf.callbacks import UpdateBoundary
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
-from rlhf.prompts import epoch_sampler
-from rlhf.rewards import further_columns, score_answers, weigh
+from rlhf.critic import check_plain_logits
+from rlhf.prompts import EpochSampler, check_inputs, epoch_sampler, require_rollout
+from rlhf.rewards import find_scorable, further_columns, score_answers, tell_apart, weigh
 from rlhf.sampling import sample_fast
 from rlhf.score import as_function, turn_suffix
 from rlhf.trainer import PPOTrainer
 
 METHODS = ("ppo", "rloo", "grpo", "dpo")
+CONFIGS: dict[str, Any] = {"rloo": RLOOConfig, "grpo": GRPOConfig, "dpo": DPOConfig}
 GENERATIONS = 4  # completions a prompt, unless the configuration says more than one
 # Named alike in PPO's configuration, but with its own default or meaning there
 OWN_DEFAULTS = {"normalize_advantages", "generation_batch_size", "num_generations_eval"}
 
 
-def trl_config(args: PPOConfig, kind: Any) -> Any:
-    """PPO's configuration as TRL's: what has the same name is the same."""
+class LikePPO:
+    """What RLOO and GRPO do here as PPO does, and TRL otherwise; a mixin of its trainers.
+
+    The order of prompts is; and a completion that no reward of any weight has a number for is left
+    out. The last reward function is `missing_eos`.
+    """
+
+    reward_weights: Tensor
+    model: Any
+    state: Any
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
+        return epoch_sampler(self, dataset)
+
+    def _calculate_rewards(self, *inputs: Any) -> Tensor:
+        """(N, F), the whole row NaN, which TRL leaves out, where no reward has a number."""
+        rewards: Tensor = super()._calculate_rewards(*inputs)  # type: ignore[misc]
+        weights = self.reward_weights.to(rewards)
+        scorable = find_scorable(rewards[:, :-1], weights[:-1])
+        if self.model.training and not scorable.any():
+            step = self.state.global_step + 1
+            raise UserError(f"step {step}: no reward has a number for any of its answers")
+        rewards[~scorable] = math.nan
+        return rewards
+
+
+class RLOO(LikePPO, RLOOTrainer):
+    """TRL's, on PPO's prompts and rewards."""
+
+
+class GRPO(LikePPO, GRPOTrainer):
+    """TRL's, on PPO's prompts and rewards."""
+
+
+def trl_config(args: PPOConfig, method: str) -> Any:
+    """PPO's configuration as TRL's for another method: what has the same name is the same.
+
+    Raises:
+        UserError: TRL's trainer refuses it.
+    """
+    kind = CONFIGS[method]
     names = {f.name for f in dataclasses.fields(kind) if f.init} - OWN_DEFAULTS
     shared = [f.name for f in dataclasses.fields(args) if f.init and f.name in names]
     values: dict[str, Any] = {name: getattr(args, name) for name in shared}
     if args.num_generations == 1 and "num_generations" in names:
         values["num_generations"] = GENERATIONS
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        given = values.get("num_generations")
+        raise UserError(f"method {method}, num_generations {given}: {error}") from error
 
 
 def missing_eos(eos_token_id: int) -> Any:
@@ -56,6 +103,52 @@ def missing_eos(eos_token_id: int) -> Any:
         return [0.0 if ids[-1] == eos_token_id else -1.0 for ids in completion_ids]
 
     return missing_eos
+
+
+def check_run(
+    method: str,
+    rewards: Sequence[Any],
+    args: PPOConfig,
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+) -> None:
+    """Refuse, before any work, what the method's trainer would refuse late or do wrong.
+
+    Args:
+        method, rewards, args: as of `build_trainer`.
+        policy, tokenizer: the model that is trained, and its own.
+        prompts: rows to train on.
+
+    Raises:
+        UserError: says what, and what would do.
+    """
+    if args.load_best_model_at_end:
+        measures = [
+            f"eval_rewards/{name}/mean"
+            for name, weight in zip(
+                tell_apart(rewards), weigh(rewards, args.reward_weights), strict=True
+            )
+            if weight == 0
+        ]
+        if args.metric_for_best_model not in measures:
+            raise UserError(
+                f"metric_for_best_model ({args.metric_for_best_model}) must be of a reward that is "
+                f"not trained on, of weight 0 in reward_weights; there are: {measures}"
+            )
+    if method == "ppo":
+        check_plain_logits(policy)
+        check_inputs(policy.config.name_or_path, args, prompts, tokenizer)
+        return
+    for name in ("kl_budget", "target_kl"):
+        if getattr(args, name) is not None:
+            given = getattr(args, name)
+            raise UserError(f"{name} ({given}) is PPO's alone: leave it out of {method}")
+    config = trl_config(args, method)
+    if method != "dpo":
+        require_rollout(config, prompts)
+    elif args.eval_strategy != "no":
+        raise UserError(f"eval_strategy ({args.eval_strategy}) needs rollouts: leave it out of dpo")
 
 
 def build_trainer(method: str, rewards: list[Any], args: PPOConfig, **rest: Any) -> Trainer:
@@ -73,10 +166,6 @@ def build_trainer(method: str, rewards: list[Any], args: PPOConfig, **rest: Any)
     """
     if method == "ppo":
         return PPOTrainer(reward_funcs=rewards, args=args, **rest)
-    for name in ("kl_budget", "target_kl"):
-        if getattr(args, name) is not None:
-            given = getattr(args, name)
-            raise UserError(f"{name} ({given}) is PPO's alone: leave it out of {method}")
     if method == "dpo":
         return build_dpo(rewards, args, **rest)
     tokenizer = rest["processing_class"]
@@ -86,22 +175,19 @@ def build_trainer(method: str, rewards: list[Any], args: PPOConfig, **rest: Any)
     suffix = turn_suffix(tokenizer) if conversational else []
     functions = [as_function(f, tokenizer, suffix, batch_size, device) for f in rewards]
     functions.append(missing_eos(tokenizer.eos_token_id))
-    trainer_class: Any = RLOOTrainer if method == "rloo" else GRPOTrainer
-    config: Any = trl_config(args, RLOOConfig if method == "rloo" else GRPOConfig)
+    config = trl_config(args, method)
     config.reward_weights = [*weights, args.missing_eos_penalty]
     config.reward_clip_range = None
+    trainer_class: Any = RLOO if method == "rloo" else GRPO
     trainer = trainer_class(reward_funcs=functions, args=config, **rest)
-    trainer._get_train_sampler = partial(epoch_sampler, trainer)
+    trainer.reward_func_names = [*tell_apart(rewards), "missing_eos"]
+    trainer.add_callback(UpdateBoundary(args.steps_per_update))
     sample_fast(trainer, args.graph_decoding)
     return trainer
 
 
-def build_dpo(
-    rewards: list[Any], args: PPOConfig, train_dataset: Dataset, eval_dataset: Any, **rest: Any
-) -> Trainer:
+def build_dpo(rewards: list[Any], args: PPOConfig, train_dataset: Dataset, **rest: Any) -> Trainer:
     """DPO on the best and the worst of the starting policy's answers to the prompts."""
-    if eval_dataset is not None:
-        raise UserError(f"eval_strategy ({args.eval_strategy}) needs rollouts: leave it out of dpo")
     tokenizer, weights = rest["processing_class"], weigh(rewards, args.reward_weights)
     policy: Any = AutoModelForCausalLM.from_pretrained(rest["model"], dtype=torch.float32)
     chooser = Chooser(
@@ -114,7 +200,9 @@ def build_dpo(
         int(args.max_completion_length or 0),
     )
     rows = preferences(chooser, list(train_dataset["prompt"]))
-    return DPOTrainer(args=trl_config(args, DPOConfig), train_dataset=rows, **rest)
+    config = trl_config(args, "dpo")
+    config.learning_rate = args.dpo_learning_rate or args.learning_rate
+    return DPOTrainer(args=config, train_dataset=rows, **rest)
 
 
 def preferences(chooser: Chooser, prompts: list[Chat]) -> Dataset:

@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
+from trl import GRPOConfig, RLOOConfig
 from trl.trainer.utils import RepeatSampler
 
 from common.errors import UserError
@@ -55,10 +56,19 @@ def check_inputs(
         raise UserError("the policy must come from a path: the KL reference is loaded from there")
     if train_dataset is None or "prompt" not in (train_dataset.column_names or ["prompt"]):
         raise UserError("train_dataset must have a `prompt` column")
-    needed = int(args.generation_batch_size or 0) // args.num_generations
-    if isinstance(train_dataset, Dataset) and len(train_dataset) < needed:
+    require_rollout(args, train_dataset)
+    return next(iter(train_dataset))
+
+
+def require_rollout(args: RLOOConfig | GRPOConfig, prompts: Dataset | IterableDataset) -> None:
+    """Refuse fewer prompts than one rollout takes.
+
+    Raises:
+        UserError: a sampler of whole rollouts would have none, and the run would end untrained.
+    """
+    needed = int(args.generation_batch_size or 0) // int(args.num_generations or 1)
+    if isinstance(prompts, Dataset) and len(prompts) < needed:
         raise UserError(
-            f"train_dataset has {len(train_dataset)} prompts, an update takes {needed}: lower "
+            f"train_dataset has {len(prompts)} prompts, an update takes {needed}: lower "
             "per_device_train_batch_size, gradient_accumulation_steps or num_mini_batches"
         )
-    return next(iter(train_dataset))

@@ -11,11 +11,13 @@ measure: logged, never trained on. With `disagreement_penalty` several reward mo
 (rlhf/ensemble.py).
 """
 
+import asyncio
 import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import statistics
@@ -26,7 +28,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from common.batches import Chat, render
 from common.errors import LocalError, UserError
@@ -39,6 +42,11 @@ Reward = PreTrainedModel | Ensemble | Callable[..., list[float | None]]
 def is_function(name: str) -> bool:
     """Whether a reward's name is that of a Python function, `module:function` or a file's."""
     return name.rpartition(":")[2].isidentifier() and ":" in name
+
+
+def is_model(reward: Any) -> bool:
+    """Whether a reward is a model, or several as one, and not a function."""
+    return isinstance(reward, PreTrainedModel | Ensemble)
 
 
 def find_module(name: str) -> ModuleSpec:
@@ -55,8 +63,8 @@ def find_module(name: str) -> ModuleSpec:
     else:
         try:
             found = importlib.util.find_spec(place)
-        except ModuleNotFoundError as error:
-            raise UserError(f"reward ({name}): no module {error.name}") from error
+        except (ImportError, ValueError) as error:  # a relative name, or that of a script that runs
+            raise UserError(f"reward ({name}): {error}") from error
     if found is None:
         raise UserError(f"reward ({name}): no module {place}")
     return found
@@ -103,7 +111,8 @@ def checked(name: str, function: Callable[..., Any]) -> Callable[..., list[float
     @functools.wraps(function)
     def score(completions: list[Any], **columns: Any) -> list[float | None]:
         with one_line(name):
-            found = list(function(completions=completions, **columns))
+            given = function(completions=completions, **columns)
+            found = list(asyncio.run(given) if inspect.iscoroutine(given) else given)
             scores = [None if value is None else float(value) for value in found]
         wrong = [value for value in scores if value is not None and not math.isfinite(value)]
         if wrong or len(scores) != len(completions):
@@ -127,15 +136,44 @@ def hash_function(name: str) -> str:
     return hashlib.sha256(source).hexdigest()
 
 
+def tell_apart(rewards: Sequence[Any]) -> list[str]:
+    """Names of rewards for logs: as much of a folder's or a module's as tells them apart.
+
+    `reward` for `out/arden/reward` alone, `arden/reward` and `arden-1/reward` beside another.
+    """
+    paths = [_path(reward) for reward in rewards]
+    names = [path[-1] for path in paths]
+    for depth in range(2, 1 + max(map(len, paths))):
+        alike = [name for name in names if names.count(name) > 1]
+        names = [
+            "/".join(path[-depth:]) if name in alike else name
+            for path, name in zip(paths, names, strict=True)
+        ]
+    return [f"{n}_{i}" if names.count(n) > 1 else n for i, n in enumerate(names, start=1)]
+
+
+def _path(reward: Any) -> list[str]:
+    """A reward's name in parts, from the outermost."""
+    if isinstance(reward, Ensemble):
+        return ["ensemble"]
+    if isinstance(reward, PreTrainedModel):
+        reward = reward.config.name_or_path
+    if isinstance(reward, str):
+        return reward.strip("/").split("/") if reward else ["reward_model"]
+    return [*reward.__module__.split("."), reward.__name__]
+
+
 def weigh(rewards: Sequence[Any], weights: list[float] | None) -> list[float]:
     """A weight for each of the rewards (or of their names), 1 where none are given.
 
     Raises:
-        UserError: more or fewer weights than rewards.
+        UserError: more or fewer weights than rewards, or all of them 0.
     """
     weights = weights or [1.0] * len(rewards)
     if len(weights) != len(rewards):
         raise UserError(f"reward_weights ({weights}) must be one for each of {rewards}")
+    if not any(weights):
+        raise UserError(f"reward_weights ({weights}): one at least must not be 0")
     return weights
 
 
@@ -149,13 +187,13 @@ def score_answers(
     """The weighted sum of the rewards of each conversation's last message, ended by EOS.
 
     Args:
-        rewards, weights: what is summed; a function's None counts as 0.
+        rewards, weights: what is summed; a None counts as 0 beside another's number.
         tokenizer: the policy's.
         chats: conversations that end in an answer.
         rest: further columns of the data for functions, an entry a conversation.
 
     Returns:
-        the sums; NaN where no reward has a number, as training leaves such a completion out.
+        the sums; NaN where no reward of any weight has a number, as training leaves that out.
     """
     asked = render(tokenizer, [chat[:-1] for chat in chats], ask=True)
     whole = render(tokenizer, chats)
@@ -163,7 +201,7 @@ def score_answers(
         "prompts": [chat[:-1] for chat in chats],
         "completions": [chat[-1:] for chat in chats],
         "completion_ids": [ids[len(start) :] for ids, start in zip(whole, asked, strict=True)],
-        "trainer_state": None,
+        "trainer_state": TrainerState(),
         "log_extra": lambda column, values: None,
         "log_metric": lambda name, value: None,
     } | rest
@@ -176,8 +214,19 @@ def score_answers(
         else:
             scores = reward(**columns)
         totals = [t + weight * (s or 0.0) for t, s in zip(totals, scores, strict=True)]
-        scored = [known or s is not None for known, s in zip(scored, scores, strict=True)]
+        if weight:
+            scored = [known or s is not None for known, s in zip(scored, scores, strict=True)]
     return [t if known else math.nan for t, known in zip(totals, scored, strict=True)]
+
+
+def find_scorable(rewards: Tensor, weights: Tensor) -> Tensor:
+    """Which completions some reward of any weight has a number for, (N,) bool.
+
+    Args:
+        rewards: (N, F) of N completions by F rewards, NaN for a None.
+        weights: (F,); what has weight 0 is only measured.
+    """
+    return ~rewards[:, weights != 0].isnan().all(1)
 
 
 def further_columns(rows: Iterable[dict[str, Any]], chats: list[Chat]) -> dict[str, list[Any]]:

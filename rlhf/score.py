@@ -75,7 +75,7 @@ class TokenScorer:
         self.tokenizer = tokenizer
         self.suffix = suffix
         self.batch_size = batch_size
-        self.__name__ = model.config.name_or_path.rstrip("/").split("/")[-1] or "reward_model"
+        self.__name__ = "reward_model"  # which one is the trainer's to say
 
     def __call__(
         self,
@@ -129,7 +129,6 @@ class EnsembleScorer(TokenScorer):
         self.scorers = [TokenScorer(model, *rest) for model in ensemble.members]
         super().__init__(ensemble.members[0], *rest)
         self.offset = ensemble.offsets[0]
-        self.__name__ = "ensemble"
 
     def _score(self, rows: list[list[int]]) -> Tensor:
         """(b,) float32, the members' scores as one."""

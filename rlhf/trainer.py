@@ -30,6 +30,7 @@ from rlhf.callbacks import update_callbacks
 from rlhf.invariants import check_same_policy, check_score_position
 from rlhf.loss import policy_loss, policy_stats, value_loss
 from rlhf.prompts import EpochSampler, epoch_sampler
+from rlhf.rewards import find_scorable
 from rlhf.rollout import Rollout, join, plan_micro_batches
 
 
@@ -142,12 +143,13 @@ class PPOTrainer(ActorCriticTrainer):
     def _reward(self, rollout: Rollout, rewards_per_func: Tensor, finished: Tensor) -> Tensor:
         """Turn scores into per-token rewards, log both, return the scores as rewarded, (B,).
 
-        A completion no function could score (all None) is left out of the loss. Rewards land in
-        `advantages` until `_estimate_advantages` replaces them.
+        A completion that no reward of any weight could score is left out of the loss. Rewards land
+        in `advantages` until `_estimate_advantages` replaces them.
         """
         args, rows = self.args, len(finished)
-        weighted = (rewards_per_func * self.reward_weights.to(rewards_per_func)).nansum(1)
-        scorable = ~rewards_per_func.isnan().all(1)  # all processes' rows, like the rewards
+        weights = self.reward_weights.to(rewards_per_func)
+        weighted = (rewards_per_func * weights).nansum(1)
+        scorable = find_scorable(rewards_per_func, weights)  # all processes' rows, as the rewards
         if self.model.training and not scorable.any():
             raise UserError(f"{self._where()}: no reward has a number for any of its answers")
         mine = slice(self.accelerator.process_index * rows, None)

@@ -1,6 +1,8 @@
 """RLOO and GRPO from PPO's configuration, on the same rewards."""
 
 import functools
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +10,16 @@ import pytest
 import torch
 from conftest import build_tokenizer, count_w5, prompts
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from trl import DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 
+import rlhf.__main__
+from common.artifacts import write_json
 from common.decoding import sample_unended
 from common.errors import UserError
 from common.generation import generate_answers
 from rlhf.config import PPOConfig
 from rlhf.critic import plain_policy
-from rlhf.methods import build_trainer, missing_eos, trl_config
+from rlhf.methods import build_trainer, check_run, missing_eos, trl_config
 from rlhf.score import TokenScorer, turn_suffix
 from rlhf.trainer import PPOTrainer
 
@@ -39,18 +43,18 @@ def config(tmp_path: Path, **more: Any) -> PPOConfig:
     return PPOConfig(**{**defaults, **more})
 
 
-@pytest.mark.parametrize("kind", [RLOOConfig, GRPOConfig])
-def test_one_configuration_for_all(tmp_path: Path, kind: type) -> None:
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_one_configuration_for_all(tmp_path: Path, method: str) -> None:
     """Same rollout, same steps on it. Broken once: mini-batches not passed on (one step each)."""
     args = config(tmp_path, num_ppo_epochs=2, clip_range=0.3)
-    theirs = trl_config(args, kind)
+    theirs = trl_config(args, method)
     assert theirs.generation_batch_size == args.generation_batch_size == 32
     assert theirs.steps_per_generation == 2 and theirs.num_iterations == 2
     assert theirs.max_steps == 12 and theirs.num_generations == 4
     for name in ("learning_rate", "beta", "temperature", "max_completion_length", "seed"):
         assert getattr(theirs, name) == getattr(args, name), name
     assert theirs.epsilon == 0.3 and theirs.bf16 is False
-    assert trl_config(config(tmp_path, num_generations=8), kind).num_generations == 8
+    assert trl_config(config(tmp_path, num_generations=8), method).num_generations == 8
 
 
 @pytest.mark.parametrize(
@@ -89,7 +93,7 @@ def test_every_method_learns(
         processing_class=build_tokenizer(16),
     )
     kinds = {"ppo": PPOTrainer, "rloo": RLOOTrainer, "grpo": GRPOTrainer}
-    assert type(trainer) is kinds[method]
+    assert isinstance(trainer, kinds[method])
     trainer.train()
     shares = [
         line["rewards/count_w5/mean"]
@@ -119,8 +123,95 @@ def test_rewards_weigh_what_they_weigh_in_ppo(
     )
     assert trainer.reward_weights.tolist() == pytest.approx([0.5, 1.5, 0.7])
     assert missing_eos(1)(completion_ids=[[5, 1], [5, 5]]) == [0.0, -1.0]
-    with pytest.raises(UserError, match=r"kl_budget \(2.0\) is PPO's alone"):
-        build_trainer("grpo", [count_w5], config(tmp_path, kl_budget=2.0))
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_what_no_reward_scores_is_left_out(tmp_path: Path, policy_path: str, method: str) -> None:
+    """As in PPO, whatever the penalty and a held-out reward say of it. Broken once: scored 0, so
+    that it was the best answer to its prompt.
+    """
+
+    def sometimes(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [None if ids[0] == 6 else -3.0 - ids[0] / 10 for ids in completion_ids]
+
+    trainer: Any = build_trainer(
+        method,
+        [sometimes, count_w5],
+        config(tmp_path, reward_weights=[1.0, 0.0], beta=0.0),
+        model=policy_path,
+        train_dataset=prompts(32),
+        processing_class=build_tokenizer(16),
+    )
+    fixed = [[5, 1], [6, 1], [7, 1], [8, 1]] * 8
+    rows = [{"prompt": "w4"}] * 32
+    rewards = trainer._calculate_rewards(rows, ["w4"] * 32, [""] * 32, fixed)
+    assert rewards[1].isnan().all() and rewards[0].tolist() == [-3.5, 0.5, 0.0]
+    trainer.model.train()
+    with pytest.raises(UserError, match="step 1: no reward has a number for any of its answers"):
+        trainer._calculate_rewards(rows, ["w4"] * 32, [""] * 32, [[6, 1]] * 32)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("ppo", {}, "has 3 prompts, an update takes 32"),
+        ("rloo", {}, "has 3 prompts, an update takes 8"),
+        ("grpo", {"kl_budget": 2.0}, r"kl_budget \(2.0\) is PPO's alone"),
+        ("dpo", {"eval_strategy": "steps", "eval_steps": 2}, "needs rollouts"),
+        (
+            "grpo",
+            {"per_device_train_batch_size": 3},
+            r"method grpo, num_generations 4: generation_batch_size \(6\) must be divisible",
+        ),
+        (
+            "ppo",
+            {
+                "load_best_model_at_end": True,
+                "eval_strategy": "steps",
+                "save_strategy": "steps",
+                "metric_for_best_model": "eval_score",
+            },
+            r"of weight 0 in reward_weights; there are: \['eval_rewards/held_out/mean'\]",
+        ),
+    ],
+)
+def test_refused_before_any_work(
+    tmp_path: Path, policy_path: str, method: str, settings: dict[str, Any], message: str
+) -> None:
+    """Broken once: an untrained model saved as finished; the proxy reward chose the checkpoint;
+    TRL's own refusals with a traceback.
+    """
+
+    def held_out(**_: Any) -> None: ...
+
+    policy = AutoModelForCausalLM.from_pretrained(policy_path)
+    args = config(tmp_path, reward_weights=[1.0, 0.0], **settings)
+    with pytest.raises(UserError, match=message):
+        check_run(
+            method,
+            [count_w5, held_out],
+            args,
+            policy,
+            build_tokenizer(16),
+            prompts(3),
+        )
+
+
+def test_a_refused_run_leaves_the_old_one(
+    tmp_path: Path, policy_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken once: set aside first, and given up for the next run."""
+    data, mine, old = (tmp_path / name for name in ("asked.jsonl", "mine.py", "out/summary.json"))
+    data.write_text("".join(json.dumps({"prompt": f"w{n}"}) + "\n" for n in range(4, 12)))
+    mine.write_text("def brief(completions, **_):\n    return [-len(c) for c in completions]\n")
+    write_json(old.with_name("manifest.json"), {"config": {"seed": 1}, "sources": {}})
+    write_json(old, {"kl": 1.0})
+    flags = ["--model_name_or_path", policy_path, "--data", str(data), "--reward", f"{mine}:brief"]
+    flags += ["--output_dir", str(old.parent), "--overwrite", "true", "--method", "rloo"]
+    monkeypatch.setattr(sys, "argv", ["rlhf", *flags, "--max_completion_length", "4"])
+    with pytest.raises(UserError, match=r"has \d prompts, an update takes 8"):
+        rlhf.__main__.main()
+    assert old.exists() and not (old.parent / "replaced").exists()
 
 
 def test_scores_far_from_zero_are_learned_from(tmp_path: Path, policy_path: str) -> None:
@@ -147,11 +238,13 @@ def test_scores_far_from_zero_are_learned_from(tmp_path: Path, policy_path: str)
 def test_resumed_in_a_later_epoch_sees_the_same_prompts(
     tmp_path: Path, policy_path: str, method: str
 ) -> None:
-    """Two updates an epoch, resumed in the second. Broken once: TRL's own order of prompts."""
+    """Two updates an epoch, resumed in the second, a save that falls inside an update waits for its
+    end. Broken once: TRL's own order of prompts; a checkpoint between two rollouts' steps.
+    """
 
     def build() -> Any:
         args = config(tmp_path, num_updates=4, save_strategy="steps", save_total_limit=None)
-        args.save_steps = args.steps_per_update
+        args.save_steps = args.steps_per_update + 1
         return build_trainer(
             method,
             [count_w5],
@@ -164,8 +257,9 @@ def test_resumed_in_a_later_epoch_sees_the_same_prompts(
     whole, resumed = build(), build()
     whole.train()
     folders = sorted(tmp_path.rglob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    resumed.train(resume_from_checkpoint=str(folders[2]))
-    assert len(folders) == 4 and whole.state.epoch > 1
+    assert [path.name for path in folders] == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    resumed.train(resume_from_checkpoint=str(folders[1]))
+    assert whole.state.epoch > 1
     for name, p in whole.model.state_dict().items():
         assert torch.equal(p, resumed.model.state_dict()[name]), name
 
@@ -187,22 +281,23 @@ def test_reward_model_scores_the_same_tokens_under_trl(
 
 
 def test_dpo_learns_from_its_own_best_and_worst(tmp_path: Path, policy_path: str) -> None:
-    """Answers with more w5 are chosen, and become likelier. Broken once: best and worst exchanged.
+    """Answers with more w5 are chosen, and become likelier. Broken: best and worst exchanged; PPO's
+    learning rate taken.
 
     What the rows hold is recomputed from the answers' texts.
     """
-    args = config(tmp_path, num_updates=12, num_generations=8)
+    rates = {"learning_rate": 1e-6, "dpo_learning_rate": 1e-2}
+    args = config(tmp_path, num_updates=12, num_generations=8, **rates)
     trainer: Any = build_trainer(
         "dpo",
         [count_w5],
         args,
         model=policy_path,
         train_dataset=prompts(64, conversational=True),
-        eval_dataset=None,
         processing_class=build_tokenizer(16),
     )
     assert type(trainer) is DPOTrainer and trainer.args.max_steps == args.max_steps
-    assert trainer.args.beta == args.beta and trainer.args.learning_rate == args.learning_rate
+    assert trainer.args.beta == args.beta
     rows = trainer.train_dataset
     for chosen, rejected in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True):
         assert list(chosen).count(5) / len(chosen) > list(rejected).count(5) / len(rejected)
@@ -224,6 +319,5 @@ def test_dpo_learns_from_its_own_best_and_worst(tmp_path: Path, policy_path: str
             args,
             model=policy_path,
             train_dataset=prompts(4, conversational=True),
-            eval_dataset=None,
             processing_class=build_tokenizer(16),
         )

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import build_tokenizer, count_w5, prompts
+from conftest import build_tokenizer, count_w5, prompts, save_reward_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from common.artifacts import StageOutput, write_json
@@ -22,6 +23,8 @@ from rlhf.rewards import (
     is_function,
     load_function,
     score_answers,
+    tell_apart,
+    weigh,
 )
 from rlhf.trainer import PPOTrainer
 
@@ -46,8 +49,34 @@ def test_function_of_a_file_and_of_a_module(tmp_path: Path) -> None:
         load_function(f"{file}:long")
     with pytest.raises(UserError, match=r"there is no file nowhere.py"):
         load_function("nowhere.py:brief")
-    with pytest.raises(UserError, match="no module nowhere"):
-        load_function("nowhere.rewards:brief")
+    for name, said in (("nowhere.rewards", "No module named"), (".near", "relative")):
+        with pytest.raises(UserError, match=rf"reward \({name}:brief\): .*{said}"):
+            load_function(f"{name}:brief")
+
+
+def test_functions_in_all_of_trls_protocol(tmp_path: Path) -> None:
+    """Asynchronous, and asking how far training is. Broken once: refused where it is measured."""
+    body = "async def mine(completions, trainer_state, **_):\n"
+    body += "    return [float(trainer_state.global_step)] * len(completions)\n"
+    (tmp_path / "mine.py").write_text(body)
+    chat = [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}]
+    mine = load_function(f"{tmp_path / 'mine.py'}:mine")
+    assert score_answers([mine], [1.0], build_tokenizer(16), [chat]) == [0.0]
+
+
+def test_rewards_are_told_apart(build: Build, tmp_path: Path) -> None:
+    """Broken once: two folders called reward logged as one, whose mean chose the checkpoint."""
+    assert tell_apart(["out/arden/reward", "out/judge"]) == ["reward", "judge"]
+    names = ["out/arden/reward", "out/arden-1/reward/", "mine/other"]
+    assert tell_apart(names) == ["arden/reward", "arden-1/reward", "other"]
+    assert tell_apart([count_w5, count_w5]) == ["conftest/count_w5_1", "conftest/count_w5_2"]
+    paths = [save_reward_model(tmp_path / name / "reward", seed=len(name)) for name in ("a", "bb")]
+    trainer = build(reward_funcs=paths, reward_weights=[1.0, 0.0], num_updates=1)
+    trainer.train()
+    logged = {name for line in trainer.state.log_history for name in line}
+    assert {"rewards/a/reward/mean", "rewards/bb/reward/mean"} <= logged
+    with pytest.raises(UserError, match="one at least must not be 0"):
+        weigh(["a", "b"], [0.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -123,6 +152,11 @@ def test_weighted_sum_over_model_and_functions(reward_path: str) -> None:
         assert completion_ids == [[5, 5, 1], [7, 1]]
         return [float(ids.count(5)) or None for ids in completion_ids]
 
+    def held_out(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [1.0] * len(completion_ids)
+
+    alone = score_answers([count, held_out], [2.0, 0.0], tokenizer, chats)
+    assert alone[0] == 4.0 and math.isnan(alone[1]), "a measure makes no score"
     totals = score_answers([model, count], [0.5, 2.0], tokenizer, chats)
     for total, ids, counted in zip(
         totals, ([2, 4, 3, 5, 5, 1], [2, 6, 3, 7, 1]), (2, 0), strict=True

@@ -91,6 +91,32 @@ def test_any_split_gives_the_same_gradient(trained: tuple[PPOTrainer, Rollout]) 
         assert_same(gradients(trainer, parts, tokens), whole)
 
 
+def test_accumulated_steps_equal_one_batch(build: Callable[..., PPOTrainer]) -> None:
+    """By SGD, whose step shows the gradient's size. Broken once: the sum of the micro-batches
+    divided by their number, too (`loss_is_scaled_for_ga`).
+    """
+    weights = []
+    for size, parts in ((16, 1), (4, 4)):
+        trainer = build(
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts,
+            num_mini_batches=1,
+            num_updates=1,
+            optim="sgd",
+            learning_rate=0.1,
+        )
+        trainer._generate = lambda prompts: (
+            [[4 + len(text) % 8] for text in prompts],
+            [[5, 6, 1][-1 - len(text) % 3 :] for text in prompts],
+            [""] * len(prompts),
+        )
+        before = trainer.model.model.embed_tokens.weight.clone()
+        trainer.train()
+        weights.append(trainer.model.model.embed_tokens.weight)
+        assert (weights[-1] - before).abs().max() > 1e-3
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-6)
+
+
 def test_width_of_the_padding_changes_nothing(trained: tuple[PPOTrainer, Rollout]) -> None:
     """Broken once: hidden states read relative to the right edge."""
     trainer, rollout = trained

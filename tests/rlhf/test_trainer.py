@@ -131,7 +131,9 @@ def test_missing_eos_costs_the_penalty(build: Build) -> None:
 
 
 def test_several_rewards_weights_and_unscorable_rows(build: Build) -> None:
-    """Broken once: None scored as 0; weights ignored."""
+    """Of weight 0 a reward makes nothing scorable. Broken once: None scored as 0; weights ignored;
+    a held-out reward's number taken for one.
+    """
 
     def sometimes(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         return [None if ids[0] == 6 else 1.0 for ids in completion_ids]
@@ -139,9 +141,12 @@ def test_several_rewards_weights_and_unscorable_rows(build: Build) -> None:
     def never(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         return [None if ids[0] == 6 else ids.count(5) for ids in completion_ids]
 
+    def held_out(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [7.0] * len(completion_ids)
+
     trainer = build(
-        reward_funcs=[sometimes, never],
-        reward_weights=[0.5, 2.0],
+        reward_funcs=[sometimes, never, held_out],
+        reward_weights=[0.5, 2.0, 0.0],
         beta=0.0,
     )
     fixed = [[5, 5, 1], [6, 1]] * 8
@@ -401,6 +406,31 @@ def test_refusals(build: Build, tmp_path: Path) -> None:
         build(epsilon=0.3)
     with pytest.raises(UserError, match=r"top_p \(0.9\)"):
         build(top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"generation_kwargs": {"top_k": 1}}, r"generation_kwargs \(.*PPO trains the distribution"),
+        ({"chat_template_kwargs": {"brief": True}}, r"chat_template_kwargs \(.*write them into it"),
+        ({"max_completion_length": None}, r"max_completion_length \(None\) must be a number"),
+        ({"kl_budget": -1.0}, r"kl_budget \(-1.0\) must be above 0"),
+        ({"vf_coef": -1.0}, r"vf_coef \(-1.0\) must be 0 or more"),
+        ({"clip_range_value": -0.2}, r"clip_range_value \(-0.2\) must be 0 or more"),
+        ({"missing_eos_penalty": -1.0}, r"missing_eos_penalty \(-1.0\) must be 0 or more"),
+        ({"reward_clip_range": (5.0, -5.0)}, r"reward_clip_range \(.* a lower bound and a higher"),
+        (
+            {"num_updates": None, "num_train_epochs": 1.5},
+            r"num_train_epochs \(1.5\) may end inside",
+        ),
+    ],
+)
+def test_settings_that_would_train_something_else(
+    build: Build, settings: dict[str, Any], message: str
+) -> None:
+    """Broken once: all of these ran."""
+    with pytest.raises(UserError, match=message):
+        build(**settings)
 
 
 def test_config_counts() -> None:
