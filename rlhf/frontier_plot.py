@@ -14,9 +14,9 @@ TOP = 40
 STYLES = {
     "ppo": ("#c0392b", 8, -6),
     "rloo": ("#2e6da4", 8, 13),
-    "grpo": ("#3a8f3a", -8, -6),
+    "grpo": ("#3a8f3a", 8, 13),
     "dpo": ("#8e5ba6", 8, -6),
-    "best_of_n": ("#555555", -8, 13),
+    "best_of_n": ("#555555", -8, -6),
 }
 PANELS = {
     "score": "the reward model's score",
