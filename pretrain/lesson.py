@@ -296,7 +296,7 @@ def main() -> None:
     rows, samples = climb(files, tokenizer, lesson, config, accelerator)
     set_seed(config.seed)
     model = make_model(model_config, tokenizer)
-    if lesson.scaled:
+    if lesson.scaled or (folder / "scaled").exists():  # trained, it is only measured
         rows.append(climb_scaled(model, files, config, accelerator))
         model.save_pretrained(folder / "scaled")
         tokenizer.save_pretrained(folder / "scaled")
