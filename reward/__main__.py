@@ -42,7 +42,7 @@ from common.stage import (
     train_or_resume,
 )
 from common.tokenizer import load_tokenizer
-from reward.collect import EVALUATED_ON, collect
+from reward.collect import EVALUATED_ON, collect, hash_labeller
 from reward.config import RewardModelConfig
 from reward.figures import (
     accuracy_figures,
@@ -64,7 +64,7 @@ def main() -> None:
     config, args = parse_config(RewardModelConfig, RewardConfig, defaults=TRAINER_DEFAULTS)
     folder = config.folder(args.output_dir)
     callbacks = early_stopping(config.early_stopping_patience, args)
-    stage = open_stage(config, args, policy=config.policy)
+    stage = open_stage(config, args, hash_labeller(config), policy=config.policy)
     if stage.output.finished:
         print(f"{stage.output.path} is finished; delete it to train it anew")
         return

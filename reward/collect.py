@@ -29,7 +29,6 @@ import common.reward_gpt  # noqa: F401 - so that Auto classes load our GPT, also
 from common.artifacts import StageOutput, hash_model, require_parent, write_text
 from common.batches import Chat
 from common.config import config_values, parse_config, run
-from common.data import dataset_fingerprint
 from common.errors import UserError
 from common.generation import answered, generate_answers
 from common.scoring import score_chats
@@ -131,16 +130,28 @@ def open_rankings(config: RankingConfig, task: Task, folder: Path) -> StageOutpu
     Raises:
         UserError: as `collect`.
     """
-    sources = {
-        "policy": hash_model(require_parent(config.policy, config.parent_command)),
-        "data": task.fingerprint(),
-    }
-    if config.labeller_is_model:
-        sources["labeller"] = hash_model(Path(config.labeller))
-    elif config.labeller not in (BY_DATA, BY_PEOPLE):
-        sources["labeller"] = dataset_fingerprint(config.labeller)
+    policy = hash_model(require_parent(config.policy, config.parent_command))
+    sources = {"policy": policy, "data": task.fingerprint(), **hash_labeller(config)}
     values = {name: value for name, value in config_values(config).items() if name in IDENTITY}
     return StageOutput(str(folder), values, sources, config.overwrite)
+
+
+def hash_labeller(config: RankingConfig) -> dict[str, str]:
+    """What a run is of beside its data: the labeller's hash, where the data has not its own."""
+    if config.labeller in (BY_DATA, BY_PEOPLE):
+        return {}
+    if config.labeller_is_model:
+        return {"labeller": hash_model(Path(config.labeller))}
+    return {"labeller": open_ranked(config).fingerprint()}
+
+
+def open_ranked(config: RankingConfig) -> Task:
+    """The file, folder or mixture of rankings that the labeller is."""
+    return load_task(
+        config.labeller,
+        validation_fraction=config.validation_fraction,
+        skip_faulty_rows=config.skip_faulty_rows,
+    )
 
 
 def sampler(config: RankingConfig, device: torch.device) -> Callable[..., list[list[str]]]:
@@ -188,12 +199,7 @@ def label(
     if config.labeller == BY_DATA:
         return task.rankings(sample, split, count, config.noise)
     if not config.labeller_is_model:
-        theirs = load_task(
-            config.labeller,
-            validation_fraction=config.validation_fraction,
-            skip_faulty_rows=config.skip_faulty_rows,
-        )
-        return theirs.rankings(sample, split, count, config.noise)
+        return open_ranked(config).rankings(sample, split, count, config.noise)
     prompts = list(task.prompt_rows(split, count)["prompt"])
     return rank_by_model(config.labeller, prompts, sample(prompts), device)
 
