@@ -127,13 +127,17 @@ class StageOutput:
         return manifest
 
     def _entries(self) -> list[Path]:
-        """What is the run's own: what has a manifest, as rankings have, answers for itself."""
+        """What is the run's own: what has a manifest, as rankings have, answers for itself.
+
+        An empty folder is nobody's: a trainer makes its own before the run starts.
+        """
         return [
             entry
             for entry in sorted(self.path.iterdir())
             if not entry.name.startswith(".")
             and entry.name != MEASURED
             and not (entry / "manifest.json").exists()
+            and not (entry.is_dir() and not any(entry.iterdir()))
         ]
 
     def _clear(self) -> None:

@@ -12,7 +12,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any, NoReturn
 
@@ -124,6 +125,21 @@ def check_training(args: TrainingArguments) -> None:
             f"resume_from_checkpoint ({args.resume_from_checkpoint}): leave it out, a run goes on "
             "by itself from its own last checkpoint"
         )
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What a library's constructor finds wrong with its settings, as one line.
+
+    Raises:
+        UserError: in place of any other ValueError.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def as_flags(fields: dict[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.arden.task import ArdenTask
 from common.artifacts import MetricsFile, require_parent, require_same_tokenizer, write_text
 from common.batches import render
-from common.config import parse_config, run
+from common.config import parse_config, refusing, run
 from common.errors import UserError
 from common.lengths import LengthReport, measure_lengths
 from common.reward_gpt import logprob_scorer
@@ -70,10 +70,8 @@ def main() -> None:
         return
     require_same_tokenizer(stage.parent, require_parent(config.policy, config.parent_command))
     tokenizer = load_tokenizer(stage.parent)
-    with args.main_process_first():
-        if args.process_index == 0:
-            stage.output.start()
-            collect(config, args, stage.task, folder)
+    with args.main_process_first():  # the others then find them, or meet the same error
+        collect(config, args, stage.task, folder)
     stops_by = [EVALUATED_ON] if args.eval_strategy != "no" else []
     pairs: dict[str, Dataset] = {}
     for split in dict.fromkeys(["train", config.evaluate_on, *stops_by]):
@@ -92,14 +90,18 @@ def main() -> None:
         )
     torch.manual_seed(args.seed)  # of the new head
     trainer_class = GroupedRewardTrainer if config.pairs_together else RewardTrainer
-    trainer: Any = trainer_class(
-        model=build_scorer(stage.parent, tokenizer, config.answer_logprobs),
-        args=args,
-        train_dataset=learned(train, config.margins),
-        eval_dataset=learned(pairs[EVALUATED_ON], config.margins) if stops_by else None,
-        processing_class=tokenizer,
-        callbacks=[MetricsFile(stage.output.path / "metrics.jsonl"), *callbacks],
-    )
+    with refusing():
+        trainer: Any = trainer_class(
+            model=build_scorer(stage.parent, tokenizer, config.answer_logprobs),
+            args=args,
+            train_dataset=learned(train, config.margins),
+            eval_dataset=learned(pairs[EVALUATED_ON], config.margins) if stops_by else None,
+            processing_class=tokenizer,
+            callbacks=[MetricsFile(stage.output.path / "metrics.jsonl"), *callbacks],
+        )
+    with args.main_process_first():
+        if args.process_index == 0:
+            stage.output.start()
     seconds = train_or_resume(trainer, stage.output.checkpoints)
     model = whole_model(trainer.accelerator, trainer.model)
     if not trainer.is_world_process_zero():

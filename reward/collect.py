@@ -76,6 +76,7 @@ def collect(config: RankingConfig, args: RewardConfig, task: Task, folder: Path)
     """Write `folder/<split>.jsonl` for train and evaluation, unless a run before this one did.
 
     A trainer that evaluates on its way does so on `dev`: what it stops by is no longer held out.
+    Nothing of what is there goes before the rows that replace it have been read.
 
     Raises:
         UserError: the policy is missing, or the folder holds rankings of another configuration.
@@ -86,15 +87,15 @@ def collect(config: RankingConfig, args: RewardConfig, task: Task, folder: Path)
             "`scores`, and train on that file: --data answers.jsonl --labeller data"
         )
     output = open_rankings(config, task, folder)
-    output.start()
     counts = {"train": config.prompts, config.evaluate_on: config.eval_prompts}
     if args.eval_strategy != "no":
         counts[EVALUATED_ON] = config.eval_prompts
     for split, count in counts.items():
         path = folder / f"{split}.jsonl"
-        if not path.exists():
-            sample = keep_shards(sampler(config, args.device), output.checkpoints, split)
+        if output.replaces or not path.exists():
+            sample = partial(draw_answers, config, args.device, output, split)
             rows = label(config, task, sample, split, count, args.device)
+            output.start()
             write_rows(path, rows)
     output.settle()
 
@@ -108,14 +109,13 @@ def collect_answers(config: RankingConfig, args: RewardConfig, task: Task, folde
         UserError: as `collect`.
     """
     output, path = open_rankings(config, task, folder), folder / "answers.jsonl"
-    output.start()
-    if path.exists():  # with scores by now, it may be
+    if path.exists() and not output.replaces:  # with scores by now, it may be
         return path
-    answer, rows = sampler(config, args.device), []
+    rows = []
     for split in ("train", "dev", "test"):
         count = config.prompts if split == "train" else config.eval_prompts
         prompts = list(task.prompt_rows(split, count)["prompt"])
-        answers = keep_shards(answer, output.checkpoints, split)(prompts)
+        answers = draw_answers(config, args.device, output, split, prompts)
         rows += [
             {"prompt": prompt, "answers": list(dict.fromkeys(filter(str.strip, several)))}
             for prompt, several in zip(prompts, answers, strict=True)
@@ -154,10 +154,15 @@ def open_ranked(config: RankingConfig) -> Task:
     )
 
 
-def sampler(config: RankingConfig, device: torch.device) -> Callable[..., list[list[str]]]:
-    """Prompts and a seed -> `samples_per_prompt` answers each, at temperature 1."""
+def draw_answers(
+    config: RankingConfig, device: torch.device, output: StageOutput, split: str, prompts: Prompts
+) -> list[list[str]]:
+    """`samples_per_prompt` answers by the policy to each prompt, at temperature 1.
+
+    They are kept in `output`, which starts with them.
+    """
     policy: Any = AutoModelForCausalLM.from_pretrained(config.policy, dtype=torch.float32)
-    return partial(
+    sample = partial(
         generate_answers,
         policy.to(device),
         load_tokenizer(config.policy),
@@ -165,6 +170,8 @@ def sampler(config: RankingConfig, device: torch.device) -> Callable[..., list[l
         temperature=1.0,
         samples=config.samples_per_prompt,
     )
+    output.start()
+    return keep_shards(sample, output.checkpoints, split)(prompts)
 
 
 def keep_shards(sample: Callable[..., list[list[str]]], folder: Path, split: str) -> Any:

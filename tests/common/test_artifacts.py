@@ -63,7 +63,8 @@ def test_what_has_no_influence_may_change(tmp_path: Path) -> None:
 
 
 def test_what_no_run_has_left_is_in_no_danger(tmp_path: Path) -> None:
-    """Broken once: a first run that failed, then another, and a folder of books was deleted."""
+    """Broken once: a first run that failed, then another, and a folder of books was deleted. And by
+    an empty folder taken for somebody's: a trainer makes one before its run starts."""
     (tmp_path / "book.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds book\.txt, which no run has left there"):
         start(tmp_path)
@@ -80,6 +81,8 @@ def test_what_no_run_has_left_is_in_no_danger(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"damaged/manifest\.json is damaged"):
         start(tmp_path / "damaged")
     assert (tmp_path / "book.txt").read_text() == "mine"
+    (tmp_path / "fresh" / "checkpoints").mkdir(parents=True)
+    start(tmp_path / "fresh")
 
 
 def test_a_run_is_kept_until_the_one_that_replaces_it_is_finished(tmp_path: Path) -> None:

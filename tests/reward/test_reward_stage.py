@@ -58,3 +58,33 @@ def test_other_rankings_of_a_labeller_are_another_run(
     write(ranked, PAIRS[:-1])
     with pytest.raises(UserError, match="holds a run with another labeller"):
         run(asked, labeller=tmp_path / "mix.yaml")
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields", "message"),
+    [
+        ([*PAIRS, {"prompt": "And?"}], {}, "row 41"),
+        (PAIRS, {"margins": 2}, "give --margins 0"),
+        (PAIRS, {"max_length": 4}, "are longer than max_length"),
+        (PAIRS, {"eos_token": "zz"}, "zz"),
+    ],
+)
+def test_a_finished_run_stays_where_its_successor_is_refused(
+    run: Callable[..., Any], tmp_path: Path, rows: list[Any], fields: dict[str, Any], message: str
+) -> None:
+    """Broken once: it was set aside before the new rows were read, and PPO found no model."""
+    folder = tmp_path / "reward"
+    (folder / "rankings").mkdir(parents=True)
+    first = {"model.safetensors": "weights", "summary.json": "{}", "manifest.json": "{}"}
+    first |= {"rankings/manifest.json": "{}", "rankings/train.jsonl": "pairs"}
+    for name, text in first.items():
+        (folder / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        run(write(tmp_path / "new.jsonl", rows), overwrite="true", **fields)
+    kept = [name for name in first if not name.startswith("rankings")]
+    kept += ["rankings/train.jsonl"] if len(rows) > len(PAIRS) else []
+    assert {(folder / name).read_text() for name in kept} == {first[name] for name in kept}
+    assert not (folder / "replaced").exists()
+    run(write(tmp_path / "new.jsonl", PAIRS), overwrite="true")
+    assert (folder / "model.safetensors").read_bytes() != b"weights"
+    assert not (folder / "replaced").exists()
