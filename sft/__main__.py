@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import MetricsFile, require_kind, require_parent
-from common.config import parse_config, require, run
+from common.config import parse_config, refusing, require, run
 from common.errors import UserError
 from common.generation import generate_answers
 from common.lengths import measure_lengths
@@ -115,22 +115,24 @@ def main() -> None:
         windows = PretrainingText(text, config.ptx_windows, context, args.seed, tokenizer)
         trainer_class = partial(ReplaySFTTrainer, windows, config.ptx_coef)
     data, held_out = stage.task.conversations("train"), stage.task.conversations("validation")
+    for name, rows in (("to train on", data), ("held out", held_out)):
+        lengths = measure_lengths(rows, tokenizer, args.max_length)
+        if args.process_index == 0:
+            print(f"sft, {name}: {lengths}")
+        lengths.require_learnable(stage.parent, config.max_lost_share)
+    with refusing():
+        trainer = trainer_class(
+            model=base,
+            args=args,
+            train_dataset=data.select_columns(["messages"]),
+            eval_dataset=held_out.select_columns(["messages"]),
+            processing_class=tokenizer,
+            peft_config=config.lora(),
+            callbacks=[MetricsFile(stage.output.path / "metrics.jsonl"), *callbacks],
+        )
     with args.main_process_first():
         if args.process_index == 0:
-            for name, rows in (("to train on", data), ("held out", held_out)):
-                lengths = measure_lengths(rows, tokenizer, args.max_length)
-                print(f"sft, {name}: {lengths}")
-                lengths.require_learnable(stage.parent, config.max_lost_share)
             stage.output.start()
-    trainer = trainer_class(
-        model=base,
-        args=args,
-        train_dataset=data.select_columns(["messages"]),
-        eval_dataset=held_out.select_columns(["messages"]),
-        processing_class=tokenizer,
-        peft_config=config.lora(),
-        callbacks=[MetricsFile(stage.output.path / "metrics.jsonl"), *callbacks],
-    )
     seconds = train_or_resume(trainer, stage.output.checkpoints)
     eval_loss = trainer.evaluate()["eval_loss"]
     model = whole_model(trainer.accelerator, trainer.model)

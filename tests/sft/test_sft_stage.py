@@ -1,0 +1,61 @@
+"""The stage as it is called, on questions of one's own: what it refuses, and what it leaves be."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import as_flags
+from common.errors import UserError
+from sft.__main__ import main
+from tests.toy import save_toy
+
+ROWS = [{"question": f"How many are {n}?", "answer": "There are many."} for n in range(40)]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def run(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Two steps of the stage; its folder."""
+    data, folder = tmp_path / "asked.jsonl", tmp_path / "sft"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    def call(**more: Any) -> Path:
+        fields = {"model_name_or_path": toy, "output_dir": folder, "data": data, "max_steps": 2}
+        fields |= {"max_new_tokens": 4, "max_length": 128, "disable_tqdm": "true"} | more
+        flags = ["--config", "configs/own/sft.yaml", *as_flags(fields)]
+        monkeypatch.setattr(sys, "argv", ["sft", *flags])
+        main()
+        return folder
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"padding_free": "true"}, "padding_free=True"),
+        ({"packing": "true", "max_length": "none"}, "max_length"),
+        ({"eos_token": "zz"}, "zz"),
+        ({"max_length": 4}, "are longer than max_length"),
+    ],
+)
+def test_a_finished_run_stays_where_its_successor_is_refused(
+    run: Callable[..., Path], tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    """Broken once: what TRL refuses came as a traceback, after the finished run was set aside."""
+    folder = tmp_path / "sft"
+    folder.mkdir()
+    for name in ("model.safetensors", "summary.json", "manifest.json"):
+        (folder / name).write_text("{}")
+    with pytest.raises(UserError, match=message):
+        run(overwrite="true", **fields)
+    assert (folder / "model.safetensors").read_text() == "{}"
+    assert not (folder / "replaced").exists()
