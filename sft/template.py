@@ -15,29 +15,45 @@ _CHAT: Chat = [
     {"role": "user", "content": "ask"},
     {"role": "assistant", "content": "say"},
 ]
+_LED: Chat = [{"role": "system", "content": "lead"}, *_CHAT]
 _CURE = "write {% generation %} ... {% endgeneration %} around the answer and its end"
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Render two questions with their answers, and see what would be learned of them.
 
-    A template without marks is not mended here: TRL would train on another one than the model is
-    used with.
+    Once more behind a system turn, if the template does not say (raise_exception) that it knows
+    none. A template without marks is not mended here: TRL would train on another one than the model
+    is used with.
 
     Raises:
-        UserError: there is no template; it cannot render a chat; it has no generation marks, marks
-            too much, or leaves an answer's end out; what it opens an answer with is not what stands
-            before one.
+        UserError: there is no template; it cannot render a chat, or passes over a system turn; it
+            has no generation marks, marks too much or too little, or leaves an answer's end out;
+            what it opens an answer with is not what stands before one.
     """
     if not tokenizer.chat_template:
         raise UserError("the model's tokenizer has no chat template: give it one, and save it")
     try:
-        encoded: Any = tokenizer.apply_chat_template(
-            _CHAT, return_assistant_tokens_mask=True, return_dict=True
-        )
-        asked = render(tokenizer, [_CHAT[:-1]], ask=True)[0]
+        _check_chat(tokenizer, _CHAT)
     except TemplateError as error:
         raise UserError(f"the chat template cannot render user and assistant: {error}") from error
+    try:
+        text: Any = tokenizer.apply_chat_template(_LED, tokenize=False)
+    except TemplateError:
+        return
+    if "lead" not in text:
+        raise UserError(
+            f"the chat template leaves out what a system turn says: {text!r} has no `lead`; write "
+            "it, or raise_exception where there is one"
+        )
+    _check_chat(tokenizer, _LED)
+
+
+def _check_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> None:
+    encoded: Any = tokenizer.apply_chat_template(
+        chat, return_assistant_tokens_mask=True, return_dict=True
+    )
+    asked = render(tokenizer, [chat[:-1]], ask=True)[0]
     ids, mask = encoded["input_ids"], encoded["assistant_masks"]
     runs = [
         [token for token, _ in run]
@@ -46,16 +62,19 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     ]
     if not runs:
         raise UserError(f"the chat template has no generation marks: {_CURE}")
-    learned = tokenizer.decode([token for run in runs for token in run])
-    if len(runs) != 2 or "ask" in learned:
+    learned = [str(tokenizer.decode(run)) for run in runs]
+    say = str(tokenizer.decode(tokenizer("say", add_special_tokens=False).input_ids))
+    end = str(tokenizer.eos_token)
+    if [text.removesuffix(end).strip() for text in learned] != [say.strip()] * 2:
+        turns = ", ".join(f"{turn['role']} `{turn['content']}`" for turn in chat)
         raise UserError(
-            f"the chat template's generation marks hold {learned!r} of two questions `ask` and two "
-            f"answers `say`: {_CURE}, of each turn by the assistant and of no other"
+            f"the chat template's generation marks hold {''.join(learned)!r} of {turns}: {_CURE}, "
+            "of each turn by the assistant and of no other"
         )
     if any(run[-1] != tokenizer.eos_token_id for run in runs):
         raise UserError(
-            f"the chat template's generation marks leave out {tokenizer.eos_token!r} after an "
-            f"answer, so that the model would never learn to stop: {_CURE}"
+            f"the chat template's generation marks leave out {end!r} after an answer, so that the "
+            f"model would never learn to stop: {_CURE}"
         )
     if ids[: len(asked)] != asked:
         raise UserError(

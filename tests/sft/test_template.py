@@ -9,16 +9,22 @@ from common.tokenizer import train_characters
 from sft.template import check_template
 
 OWN = (
-    "<|bos|>{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}<|eos|>"
-    "{% else %}<|assistant|>{% generation %}{{ m.content }}<|eos|>{% endgeneration %}{% endif %}"
+    "<|bos|>{% for m in messages %}"
+    "{% if m.role == 'assistant' %}<|assistant|>{% generation %}{{ m.content }}<|eos|>"
+    "{% endgeneration %}{% else %}<|{{ m.role }}|>{{ m.content }}<|eos|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+SYSTEM = "{% if m.role == 'system' %}"
 
 
 def test_good_templates_pass():
-    tokenizer = train_characters(["ask say"])
+    """Also one that says that it knows no system turn."""
+    tokenizer = train_characters(["ask say lead"])
     check_template(tokenizer)
     tokenizer.chat_template = OWN
+    check_template(tokenizer)
+    refuses = f"{SYSTEM}{{{{ raise_exception('no system turn') }}}}{{% endif %}}"
+    tokenizer.chat_template = OWN.replace("messages %}", "messages %}" + refuses)
     check_template(tokenizer)
 
 
@@ -31,15 +37,20 @@ def test_good_templates_pass():
          "has no generation marks: write {% generation %}"),
         ("<|eos|>{% endgeneration %}", "{% endgeneration %}<|eos|>",
          "leave out '<|eos|>' after an answer, so that the model would never learn to stop"),
-        ("<|user|>{{ m.content }}", "<|user|>{% generation %}{{ m.content }}{% endgeneration %}",
-         "generation marks hold 'asksay<|eos|>asksay<|eos|>' of two questions"),
+        ("|>{{ m.content }}", "|>{% generation %}{{ m.content }}{% endgeneration %}",
+         "generation marks hold 'asksay<|eos|>asksay<|eos|>' of user `ask`, assistant `say`"),
         ("{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}say",
          "opens an answer (add_generation_prompt) otherwise than it writes one"),
+        ("{% generation %}{{ m.content }}", "{% generation %}{{ m.content[:2] }}",
+         "generation marks hold 'sa<|eos|>sa<|eos|>' of user `ask`, assistant `say`"),
+        ("{% if m.role == 'assistant' %}", "{% if m.role != 'user' %}",
+         "generation marks hold 'lead<|eos|>say<|eos|>say<|eos|>' of system `lead`, user"),
+        ("{% else %}", "{% elif m.role == 'user' %}", "leaves out what a system turn says"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(old: str, new: str, message: str):
     """Each was seen to pass with its check left out."""
-    tokenizer = train_characters(["ask say"])
+    tokenizer = train_characters(["ask say lead"])
     assert old in OWN
     tokenizer.chat_template = OWN.replace(old, new)
     with pytest.raises(UserError, match=re.escape(message)):
