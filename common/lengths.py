@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from common.batches import BATCH
 from common.errors import UserError
 from common.rows import Messages
 from common.tokenizer import count_unknown, encode_texts
@@ -140,23 +142,27 @@ class LengthReport:
 def measure_lengths(
     dataset: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int | None
 ) -> LengthReport:
-    """Tokenize rows of `common.data.load_rows` as training will, and count what would be cut."""
+    """Tokenize rows of `common.data.load_rows` as training will, and count what would be cut.
+
+    Raises:
+        UserError: the chat template raises at a row, as it may at a system turn.
+    """
     row_lengths: list[int] = []
     tokens = tokens_cut = unanswered = 0
     longest, field = 0, ""
-    for batch in dataset.iter(batch_size=256):
-        fields = [name for name in ("messages", "chosen", "rejected", "prompt") if name in batch]
-        for sequences in _row_lengths(batch, tokenizer):
-            lengths = [length for length, _ in sequences]
-            tokens += sum(lengths)
-            if max_length is not None:
-                tokens_cut += sum(max(0, length - max_length) for length in lengths)
-                unanswered += any(start >= max_length for _, start in sequences)
-            if max(lengths) > longest:
-                longest = max(lengths)
-                field = fields[lengths.index(longest)] if fields else "text"
-                field = f'{_place(dataset, len(row_lengths))}, "{field}"'
-            row_lengths.append(max(lengths))
+    names = ("messages", "chosen", "rejected", "prompt")
+    fields = [name for name in names if name in dataset.column_names]
+    for sequences in _all_lengths(dataset, tokenizer):
+        lengths = [length for length, _ in sequences]
+        tokens += sum(lengths)
+        if max_length is not None:
+            tokens_cut += sum(max(0, length - max_length) for length in lengths)
+            unanswered += any(start >= max_length for _, start in sequences)
+        if max(lengths) > longest:
+            longest = max(lengths)
+            field = fields[lengths.index(longest)] if fields else "text"
+            field = f'{_place(dataset, len(row_lengths))}, "{field}"'
+        row_lengths.append(max(lengths))
     return LengthReport(
         max_length=max_length,
         row_lengths=row_lengths,
@@ -185,9 +191,8 @@ def keep_answerable(
         UserError: none does.
     """
     context = AutoConfig.from_pretrained(model).max_position_embeddings
-    batches = prompts.iter(batch_size=256)
-    rows = (row for batch in batches for row in _row_lengths(batch, tokenizer))
-    kept = [i for i, [(length, _)] in enumerate(rows) if length + max_new_tokens <= context]
+    rows = enumerate(_all_lengths(prompts, tokenizer))
+    kept = [i for i, [(length, _)] in rows if length + max_new_tokens <= context]
     if not kept:
         raise UserError(
             f"none of {len(prompts):,} prompts leaves {max_new_tokens} tokens for an answer in the "
@@ -198,6 +203,22 @@ def keep_answerable(
 
 def _place(dataset: Dataset, index: int) -> str:
     return dataset[index]["where"] if "where" in dataset.column_names else f"row {index + 1}"
+
+
+def _all_lengths(
+    rows: Dataset, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[list[tuple[int, int]]]:
+    """`_row_lengths`, batch by batch; a row that the chat template raises at is named."""
+    for first in range(0, len(rows), BATCH):
+        try:
+            yield from _row_lengths(rows[first : first + BATCH], tokenizer)
+        except TemplateError:
+            for place in range(first, len(rows)):
+                try:
+                    list(_row_lengths(rows[place : place + 1], tokenizer))
+                except TemplateError as error:
+                    said = f"{_place(rows, place)}: the chat template cannot render it ({error})"
+                    raise UserError(f"{said}; change the row, or the template") from None
 
 
 def _row_lengths(

@@ -52,6 +52,18 @@ def test_the_longest_row_is_named_by_file_row_and_field():
     assert found.longest_row == 'f, row 9, "rejected"'
 
 
+def test_a_row_that_the_template_refuses_is_named():
+    """Broken once: a traceback of jinja's, without the row."""
+    tokenizer = train_characters(["abc"])
+    refuses = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{refuses}{{{{ m.content }}}}{{% endfor %}}"
+    rows = [{"messages": say("u: a", "a: b"), "where": f"f, row {n}"} for n in range(300)]
+    assert measure_lengths(Dataset.from_list(rows), tokenizer, None).rows == 300
+    rows[299]["messages"] = say("s: c", "u: a", "a: b")
+    with pytest.raises(UserError, match=r"^f, row 299: the chat template cannot .* \(no system\)"):
+        measure_lengths(Dataset.from_list(rows), tokenizer, None)
+
+
 def test_a_run_refuses_when_too_much_is_lost():
     """Broken by comparing with >= and by leaving the check out."""
     lengths = [50] * 9 + [101]
