@@ -131,6 +131,20 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
+def require_own_tokens(tokenizer: PreTrainedTokenizerBase, **tokens: str | None) -> None:
+    """Refuse a trainer's `eos_token` or `pad_token` that is another than the tokenizer's.
+
+    TRL would set it after the template, which ends an answer by the tokenizer's own, was checked.
+
+    Raises:
+        UserError: names the token, and the tokenizer's own.
+    """
+    for name, token in tokens.items():
+        own = getattr(tokenizer, name)
+        if token not in (None, own):
+            raise UserError(f"{name} ({token}) is not the tokenizer's own, {own}: leave it out")
+
+
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """Ids of each text; whatever looks like a special token in it is ordinary text.
 

@@ -41,7 +41,7 @@ from common.stage import (
     print_figures,
     train_or_resume,
 )
-from common.tokenizer import load_tokenizer
+from common.tokenizer import load_tokenizer, require_own_tokens
 from reward.collect import EVALUATED_ON, collect, hash_labeller
 from reward.config import RewardModelConfig
 from reward.figures import (
@@ -70,6 +70,12 @@ def main() -> None:
         return
     require_same_tokenizer(stage.parent, require_parent(config.policy, config.parent_command))
     tokenizer = load_tokenizer(stage.parent)
+    require_own_tokens(tokenizer, eos_token=args.eos_token, pad_token=args.pad_token)
+    if args.chat_template_path is not None:
+        raise UserError(
+            f"chat_template_path ({args.chat_template_path}) is for fine-tuning: the reward model "
+            "reads by the template of its parent, so leave it out"
+        )
     with args.main_process_first():  # the others then find them, or meet the same error
         collect(config, args, stage.task, folder)
     stops_by = [EVALUATED_ON] if args.eval_strategy != "no" else []

@@ -9,6 +9,7 @@ al. 2021, arXiv:2106.09685); they are added to the weights at the end, so that w
 model like any other.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,9 +38,9 @@ from common.stage import (
     train_or_resume,
 )
 from common.token_file import TokenFile
-from common.tokenizer import load_tokenizer
+from common.tokenizer import load_tokenizer, require_own_tokens
 from sft.role_tokens import start_role_tokens
-from sft.template import check_template
+from sft.template import check_template, read_template
 from sft.trainer import ReplaySFTTrainer
 
 
@@ -99,12 +100,18 @@ def main() -> None:
     parent = require_parent(config.model_name_or_path, config.parent_command)
     text = Path(config.ptx_data or parent / "data" / "train.bin")
     hashes = {"ptx_data": TokenFile(text).info.sha256} if config.ptx_coef else {}
+    template = None if args.chat_template_path is None else read_template(args.chat_template_path)
+    if template is not None:
+        hashes["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
     stage = open_stage(config, args, hashes)
     require_kind(stage.parent, scores=False)
     if stage.output.finished:
         print(f"{stage.output.path} is finished; delete it to train it anew")
         return
     tokenizer = load_tokenizer(stage.parent)
+    require_own_tokens(tokenizer, eos_token=args.eos_token, pad_token=args.pad_token)
+    if template is not None:  # TRL would take it after it was checked and lengths were measured
+        tokenizer.chat_template, args.chat_template_path = template, None
     check_template(tokenizer)
     base = AutoModelForCausalLM.from_pretrained(stage.parent, dtype=torch.float32)
     if config.role_tokens_like:

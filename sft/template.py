@@ -1,6 +1,7 @@
 """What a chat template must do for a model to learn to answer by it, and to stop."""
 
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -17,6 +18,20 @@ _CHAT: Chat = [
 ]
 _LED: Chat = [{"role": "system", "content": "lead"}, *_CHAT]
 _CURE = "write {% generation %} ... {% endgeneration %} around the answer and its end"
+
+
+def read_template(path: str) -> str:
+    """The content of `chat_template_path`.
+
+    Raises:
+        UserError: it is no file of text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"chat_template_path ({path}) cannot be read ({error}): give a file with a template"
+        ) from None
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:

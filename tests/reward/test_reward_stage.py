@@ -66,7 +66,8 @@ def test_other_rankings_of_a_labeller_are_another_run(
         ([*PAIRS, {"prompt": "And?"}], {}, "row 41"),
         (PAIRS, {"margins": 2}, "give --margins 0"),
         (PAIRS, {"max_length": 4}, "are longer than max_length"),
-        (PAIRS, {"eos_token": "zz"}, "zz"),
+        (PAIRS, {"eos_token": "<|user|>"}, "is not the tokenizer's own"),
+        (PAIRS, {"chat_template_path": "own.jinja"}, "is for fine-tuning"),
     ],
 )
 def test_a_finished_run_stays_where_its_successor_is_refused(

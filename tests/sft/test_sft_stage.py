@@ -10,7 +10,9 @@ import pytest
 
 from common.config import as_flags
 from common.errors import UserError
+from common.tokenizer import load_tokenizer
 from sft.__main__ import main
+from tests.sft.test_template import OWN
 from tests.toy import save_toy
 
 ROWS = [{"question": f"How many are {n}?", "answer": "There are many."} for n in range(40)]
@@ -43,14 +45,24 @@ def run(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     [
         ({"padding_free": "true"}, "padding_free=True"),
         ({"packing": "true", "max_length": "none"}, "max_length"),
-        ({"eos_token": "zz"}, "zz"),
+        (
+            {"eos_token": "<|user|>"},
+            "is not the tokenizer's own, <.eos.>",
+        ),
+        ({"pad_token": "zz"}, r"pad_token \(zz\) is not the tokenizer's own, <\|pad\|>"),
+        (
+            {"chat_template_path": "nowhere.jinja"},
+            "nowhere.jinja. cannot be read",
+        ),
+        ({"chat_template_path": "configs/own/sft.yaml"}, "has no generation marks"),
         ({"max_length": 4}, "are longer than max_length"),
     ],
 )
 def test_a_finished_run_stays_where_its_successor_is_refused(
     run: Callable[..., Path], tmp_path: Path, fields: dict[str, Any], message: str
 ) -> None:
-    """Broken once: what TRL refuses came as a traceback, after the finished run was set aside."""
+    """Broken once: what TRL refuses came as a traceback, after the finished run was set aside, and
+    a template or an end that TRL sets had passed by what is asked of the model's own."""
     folder = tmp_path / "sft"
     folder.mkdir()
     for name in ("model.safetensors", "summary.json", "manifest.json"):
@@ -59,3 +71,14 @@ def test_a_finished_run_stays_where_its_successor_is_refused(
         run(overwrite="true", **fields)
     assert (folder / "model.safetensors").read_text() == "{}"
     assert not (folder / "replaced").exists()
+
+
+def test_a_template_of_ones_own_is_the_model_s(run: Callable[..., Path], tmp_path: Path) -> None:
+    """What it says is of the run's identity. Broken by its path alone."""
+    path = tmp_path / "own.jinja"
+    path.write_text(OWN)
+    folder = run(chat_template_path=path)
+    assert load_tokenizer(folder).chat_template == OWN
+    path.write_text(OWN + " ")
+    with pytest.raises(UserError, match="holds a run with another chat_template"):
+        run(chat_template_path=path)
