@@ -106,11 +106,17 @@ def collect_answers(config: RankingConfig, args: RewardConfig, task: Task, folde
     Whoever reads the file with its scores holds the same prompts out.
 
     Raises:
-        UserError: as `collect`.
+        UserError: as `collect`; or people have scored what would be replaced.
     """
     output, path = open_rankings(config, task, folder), folder / "answers.jsonl"
-    if path.exists() and not output.replaces:  # with scores by now, it may be
-        return path
+    if path.exists():
+        if not output.replaces:
+            return path
+        if '"scores"' in path.read_text(encoding="utf-8"):
+            raise UserError(
+                f"{path} has scores by now, which nothing brings back: move it elsewhere, or give "
+                "another --rankings"
+            )
     rows = []
     for split in ("train", "dev", "test"):
         count = config.prompts if split == "train" else config.eval_prompts

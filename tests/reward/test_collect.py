@@ -129,8 +129,9 @@ def test_each_labeller_and_another_configuration(toy: Path, tmp_path: Path) -> N
 
 def test_answers_for_people_to_rank(toy: Path, tmp_path: Path) -> None:
     """Of prompts alone. Whoever adds scores gets those pairs, and holds out what the prompts'
-    reader does. Broken by the prompts to train on alone, by writing over what people added, and by
-    the folder of the rankings, which then were of another configuration than the file in it."""
+    reader does. Broken by the prompts to train on alone, by writing over what people added, also
+    with `overwrite`, and by the folder of the rankings, which then were of another configuration
+    than the file in it."""
     questions = tmp_path / "asked.jsonl"
     asked = [{"prompt": f"How many are {n}?"} for n in range(40)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in asked))
@@ -151,6 +152,9 @@ def test_answers_for_people_to_rank(toy: Path, tmp_path: Path) -> None:
         prompts = task.prompt_rows(theirs, 99)["prompt"]
         assert {str(p) for p in pairs["prompt"]} == {str(p) for p in prompts}
         assert set(pairs["margin"]) <= {1.0, 2.0, 3.0}
+    other = configure(toy, questions, labeller="people", samples_per_prompt=2, overwrite="true")
+    with pytest.raises(UserError, match=r"answers\.jsonl has scores by now"):
+        collect_answers(other, args, task, folder)
     config = configure(toy, path, validation_fraction=0.2)
     collect(config, args, given, config.folder(str(tmp_path)))
     assert len(list((tmp_path / "rankings").glob("*.jsonl"))) == 2 and path.exists()
