@@ -39,6 +39,10 @@ from reward.config import BY_DATA, BY_PEOPLE, RankingConfig, RewardModelConfig
 
 EVALUATED_ON = "dev"  # while training
 SHARD = 256  # prompts whose answers are kept together
+NOTHING_TO_RANK = (
+    "the policy gives no prompt two different answers with something in them, so there is nothing "
+    "to rank: raise samples_per_prompt, or train it further"
+)
 # What decides the rankings; `evaluate_on` does not, each split has a file of its own.
 IDENTITY = (
     *(
@@ -106,7 +110,7 @@ def collect_answers(config: RankingConfig, args: RewardConfig, task: Task, folde
     Whoever reads the file with its scores holds the same prompts out.
 
     Raises:
-        UserError: as `collect`; or people have scored what would be replaced.
+        UserError: as `collect`; people have scored what would go; there is nothing to rank.
     """
     output, path = open_rankings(config, task, folder), folder / "answers.jsonl"
     if path.exists():
@@ -123,10 +127,16 @@ def collect_answers(config: RankingConfig, args: RewardConfig, task: Task, folde
         prompts = list(task.prompt_rows(split, count)["prompt"])
         answers = draw_answers(config, args.device, output, split, prompts)
         rows += [
-            {"prompt": prompt, "answers": list(dict.fromkeys(filter(str.strip, several)))}
+            {"prompt": prompt, "answers": different(several)}
             for prompt, several in zip(prompts, answers, strict=True)
         ]
-    write_rows(path, [row for row in rows if len(row["answers"]) > 1])
+    ranked = [row for row in rows if len(row["answers"]) > 1]
+    if not ranked:
+        raise UserError(NOTHING_TO_RANK)
+    if len(ranked) < len(rows):
+        left_out = len(rows) - len(ranked)
+        print(f"rankings: {left_out:,} of {len(rows):,} prompts have no two different answers")
+    write_rows(path, ranked)
     return path
 
 
@@ -230,15 +240,15 @@ def rank_by_model(
         UserError: no prompt has two different answers.
     """
     model: Any = AutoModelForSequenceClassification.from_pretrained(labeller, dtype=torch.float32)
-    different = [list(dict.fromkeys(several)) for several in answers]
+    distinct = [different(several) for several in answers]
     chats = [
         answered(prompt, answer)
-        for prompt, several in zip(prompts, different, strict=True)
+        for prompt, several in zip(prompts, distinct, strict=True)
         for answer in several
     ]
     scores = iter(score_chats(model.to(device), load_tokenizer(labeller), chats))
     rows = []
-    for prompt, several in zip(prompts, different, strict=True):
+    for prompt, several in zip(prompts, distinct, strict=True):
         scored = sorted(((next(scores), answer) for answer in several), reverse=True)
         for (high, better), (low, worse) in combinations(scored, 2):
             if high > low:
@@ -253,11 +263,13 @@ def rank_by_model(
                     }
                 )
     if not rows:
-        raise UserError(
-            "the policy gives no prompt two different answers, so there is nothing to rank: "
-            "raise samples_per_prompt"
-        )
+        raise UserError(NOTHING_TO_RANK)
     return Dataset.from_list(rows)
+
+
+def different(answers: list[str]) -> list[str]:
+    """Each answer once, and none that is blank, which no file of rankings may have."""
+    return list(dict.fromkeys(filter(str.strip, answers)))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

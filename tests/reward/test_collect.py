@@ -69,9 +69,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_reward_model_ranks_all_pairs(toy: Path) -> None:
-    """Three answers, one twice: three pairs, as their scores have it. Broken by rising order."""
+    """Three answers, one twice and a blank one: three pairs, as their scores have it. Broken by
+    rising order, and once by the blank one's pairs, which people are not shown either."""
     prompts = [[{"role": "user", "content": "Who?"}], [{"role": "user", "content": "Where?"}]]
-    answers = [["Ann", "Bob", "Bob", "Cleopatra"], ["here", "here", "here", "here"]]
+    answers = [["Ann", "Bob", "Bob", " ", "Cleopatra"], ["here", "here", "here", "here"]]
     rows = rank_by_model(str(toy / "reward"), prompts, answers, CPU)
     model = AutoModelForSequenceClassification.from_pretrained(toy / "reward")
     said = ["Ann", "Bob", "Cleopatra"]
@@ -125,6 +126,28 @@ def test_each_labeller_and_another_configuration(toy: Path, tmp_path: Path) -> N
     assert by_hand[0]["chosen"][0]["content"] == first["answers"][0]
     with pytest.raises(UserError, match=r"labeller \(nobody\) must be data, people"):
         configure(toy, questions, labeller="nobody")
+
+
+def test_prompts_without_two_answers_are_counted(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Broken once: left out without a word, and of none an empty file was to be scored."""
+    said = ["yes", "no"]
+    monkeypatch.setattr(
+        module, "draw_answers", lambda *named: [said] + [["", "yes"]] * (len(named[-1]) - 1)
+    )
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": f"Are {n}?"}) + "\n" for n in range(40)))
+    config = configure(toy, asked, labeller="people", validation_fraction=0.2)
+    args = RewardConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    task, folder = load_task(str(asked), validation_fraction=0.2), tmp_path / "answers"
+    path = collect_answers(config, args, task, folder)
+    assert len(path.read_text().splitlines()) == 3
+    assert "37 of 40 prompts have no two different answers" in capsys.readouterr().out
+    said[:] = [" ", "yes"]
+    with pytest.raises(UserError, match="there is nothing to rank: raise samples_per_prompt"):
+        collect_answers(config, args, task, tmp_path / "none")
+    assert not (tmp_path / "none" / "answers.jsonl").exists()
 
 
 def test_answers_for_people_to_rank(toy: Path, tmp_path: Path) -> None:
