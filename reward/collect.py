@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import RewardConfig
 
 import common.reward_gpt  # noqa: F401 - so that Auto classes load our GPT, also as labeller
-from common.artifacts import StageOutput, hash_model, require_parent, write_text
+from common.artifacts import StageOutput, hash_model, require_kind, require_parent, write_text
 from common.batches import Chat
 from common.config import config_values, parse_config, run
 from common.errors import UserError
@@ -153,10 +153,15 @@ def open_rankings(config: RankingConfig, task: Task, folder: Path) -> StageOutpu
 
 
 def hash_labeller(config: RankingConfig) -> dict[str, str]:
-    """What a run is of beside its data: the labeller's hash, where the data has not its own."""
+    """What a run is of beside its data: the labeller's hash, where the data has not its own.
+
+    Raises:
+        UserError: it is a model that does not score.
+    """
     if config.labeller in (BY_DATA, BY_PEOPLE):
         return {}
     if config.labeller_is_model:
+        require_kind(Path(config.labeller), scores=True)
         return {"labeller": hash_model(Path(config.labeller))}
     return {"labeller": open_ranked(config).fingerprint()}
 
@@ -176,7 +181,11 @@ def draw_answers(
     """`samples_per_prompt` answers by the policy to each prompt, at temperature 1.
 
     They are kept in `output`, which starts with them.
+
+    Raises:
+        UserError: the policy is a reward model.
     """
+    require_kind(Path(config.policy), scores=False)
     policy: Any = AutoModelForCausalLM.from_pretrained(config.policy, dtype=torch.float32)
     sample = partial(
         generate_answers,

@@ -150,6 +150,24 @@ def test_prompts_without_two_answers_are_counted(
     assert not (tmp_path / "none" / "answers.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("policy", "labeller", "needed"),
+    [("policy", "policy", "a reward model is"), ("reward", "reward", "a language model is")],
+)
+def test_the_wrong_kind_of_model(
+    toy: Path, tmp_path: Path, policy: str, labeller: str, needed: str
+) -> None:
+    """Broken once: a labeller that does not score, when all was sampled; a reward model as policy
+    never, and what a head of noise says was ranked."""
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": f"Are {n}?"}) + "\n" for n in range(20)))
+    config = configure(toy, asked, policy=toy / policy, labeller=toy / labeller)
+    args = RewardConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(UserError, match=f"{needed} needed here"):
+        collect(config, args, load_task(str(asked)), tmp_path / "rankings")
+    assert not (tmp_path / "rankings").exists()
+
+
 def test_answers_for_people_to_rank(toy: Path, tmp_path: Path) -> None:
     """Of prompts alone. Whoever adds scores gets those pairs, and holds out what the prompts'
     reader does. Broken by the prompts to train on alone, by writing over what people added, also
