@@ -15,6 +15,8 @@ def render(
     tokenizer: PreTrainedTokenizerBase, chats: list[Chat], *, ask: bool = False
 ) -> list[list[int]]:
     """Ids of each conversation by the chat template; `ask` opens the assistant's next turn."""
+    if not chats:
+        return []
     rows: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=ask, return_dict=False)
     return rows
 

@@ -4,7 +4,7 @@ Fine-tuning cuts a sequence after `max_length` tokens, and drops a row of which 
 assistant is left; the reward model's trainer drops a pair whose longer sequence does not fit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from common.batches import BATCH
+from common.batches import BATCH, Chat
 from common.errors import UserError
+from common.generation import as_chat
 from common.rows import Messages
 from common.tokenizer import count_unknown, encode_texts
 
@@ -191,14 +192,28 @@ def keep_answerable(
         UserError: none does.
     """
     context = AutoConfig.from_pretrained(model).max_position_embeddings
-    rows = enumerate(_all_lengths(prompts, tokenizer))
-    kept = [i for i, [(length, _)] in rows if length + max_new_tokens <= context]
+    kept = leave_room(prompts["prompt"], tokenizer, context, max_new_tokens)
     if not kept:
         raise UserError(
             f"none of {len(prompts):,} prompts leaves {max_new_tokens} tokens for an answer in the "
             f"model's context ({context:,}): shorten answers (max_completion_length) or prompts"
         )
     return prompts.select(kept)
+
+
+def leave_room(
+    questions: Iterable[str | Chat],
+    tokenizer: PreTrainedTokenizerFast,
+    context: int,
+    max_new_tokens: int,
+) -> list[int]:
+    """Places of the questions that leave room for an answer in a context.
+
+    Beyond it a model was never trained, and one with learned positions has none.
+    """
+    asked = Dataset.from_list([{"prompt": as_chat(question)} for question in questions])
+    rows = enumerate(_all_lengths(asked, tokenizer))
+    return [place for place, [(length, _)] in rows if length + max_new_tokens <= context]
 
 
 def _place(dataset: Dataset, index: int) -> str:

@@ -31,6 +31,7 @@ from common.batches import Chat
 from common.config import config_values, parse_config, run
 from common.errors import UserError
 from common.generation import answered, generate_answers
+from common.lengths import leave_room
 from common.scoring import score_chats
 from common.stage import TRAINER_DEFAULTS, open_task
 from common.tasks import Task, load_task
@@ -180,23 +181,39 @@ def draw_answers(
 ) -> list[list[str]]:
     """`samples_per_prompt` answers by the policy to each prompt, at temperature 1.
 
-    They are kept in `output`, which starts with them.
+    None to one that leaves no room for them in the policy's context. They are kept in `output`,
+    which starts with them.
 
     Raises:
-        UserError: the policy is a reward model.
+        UserError: the policy is a reward model, or no prompt leaves room.
     """
     require_kind(Path(config.policy), scores=False)
     policy: Any = AutoModelForCausalLM.from_pretrained(config.policy, dtype=torch.float32)
+    tokenizer, longest = load_tokenizer(config.policy), config.max_new_tokens
+    context = policy.config.max_position_embeddings
+    fitting = leave_room(prompts, tokenizer, context, longest)
+    if len(fitting) < len(prompts):
+        print(
+            f"rankings, {split}: {len(fitting):,} of {len(prompts):,} prompts leave room for "
+            f"{longest} tokens of answer in the policy's context ({context:,})"
+        )
+    if not fitting:
+        raise UserError(
+            f"no prompt leaves max_new_tokens ({longest}) for an answer in the policy's context "
+            f"({context:,}): shorten answers or prompts"
+        )
     sample = partial(
         generate_answers,
         policy.to(device),
-        load_tokenizer(config.policy),
-        max_new_tokens=config.max_new_tokens,
+        tokenizer,
+        max_new_tokens=longest,
         temperature=1.0,
         samples=config.samples_per_prompt,
     )
     output.start()
-    return keep_shards(sample, output.checkpoints, split)(prompts)
+    shards = keep_shards(sample, output.checkpoints, split)
+    drawn = dict(zip(fitting, shards([prompts[place] for place in fitting]), strict=True))
+    return [drawn.get(place, []) for place in range(len(prompts))]
 
 
 def keep_shards(sample: Callable[..., list[list[str]]], folder: Path, split: str) -> Any:

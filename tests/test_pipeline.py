@@ -310,9 +310,12 @@ def test_own_questions_and_rankings(folder: Path, tmp_path: Path) -> None:
     assert refused.returncode == 2 and "give --margins 0" in refused.stderr
     run_stage("reward", folder, name="own_reward", **own)
     assert summary(folder / "own_reward")["accuracy_ceiling"] == 1.0
+    long = [{"question": row["question"] * 30, "answer": "No."} for row in rows]  # no room for one
+    questions.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *long]))
     models = {"model_name_or_path": folder / "own_sft", "reward": folder / "own_reward"}
     run_stage("rlhf", folder, name="own_rlhf", data=questions, validation_fraction=0.1, **models)
     assert (folder / "own_rlhf" / "model.safetensors").exists()
+    assert 0 < (folder / "own_rlhf" / "samples.md").read_text().count("What is") < 9
 
 
 def test_bad_row_stops_before_training(folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from common.errors import UserError
-from common.lengths import LengthReport, keep_answerable, measure_lengths
+from common.lengths import LengthReport, keep_answerable, leave_room, measure_lengths
 from common.tokenizer import train_characters
 from tests.chats import say
 
@@ -120,3 +120,5 @@ def test_prompts_that_leave_room_for_an_answer(tmp_path: Path) -> None:
     assert [row["prompt"][0]["content"] for row in kept] == ["aa", "aaa"]
     with pytest.raises(UserError, match=r"none of 3 prompts leaves 10 tokens .*context \(17\)"):
         keep_answerable(prompts, tokenizer, tmp_path, 10)
+    assert leave_room(["aa", "aaaaaa", "aaa"], tokenizer, 17, 8) == [0, 2]
+    assert leave_room([], tokenizer, 17, 8) == []

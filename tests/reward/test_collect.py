@@ -9,13 +9,14 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig
 
+from common.artifacts import StageOutput
 from common.config import as_flags, parse_config
 from common.errors import UserError
 from common.scoring import score_chats
 from common.tasks import load_task
 from common.tokenizer import load_tokenizer
 from reward import collect as module
-from reward.collect import collect, collect_answers, keep_shards, rank_by_model
+from reward.collect import collect, collect_answers, draw_answers, keep_shards, rank_by_model
 from reward.config import RankingConfig
 from tests.toy import save_toy
 
@@ -148,6 +149,22 @@ def test_prompts_without_two_answers_are_counted(
     with pytest.raises(UserError, match="there is nothing to rank: raise samples_per_prompt"):
         collect_answers(config, args, task, tmp_path / "none")
     assert not (tmp_path / "none" / "answers.jsonl").exists()
+
+
+def test_prompts_without_room_for_an_answer(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a context of 2,048. Broken once: they were answered beyond it, where a model with learned
+    positions has none."""
+    output = StageOutput(str(tmp_path / "rankings"), {}, {})
+    config = configure(toy, tmp_path / "asked.jsonl", samples_per_prompt=1)
+    answers = draw_answers(config, CPU, output, "train", ["Are 1?", "Why? " * 500, "Are 2?"])
+    assert [len(several) for several in answers] == [1, 0, 1]
+    assert "train: 2 of 3 prompts leave room for 4 tokens" in capsys.readouterr().out
+    output = StageOutput(str(tmp_path / "none"), {}, {})
+    with pytest.raises(UserError, match=r"no prompt leaves max_new_tokens \(4\) .* \(2,048\)"):
+        draw_answers(config, CPU, output, "train", ["Why? " * 500])
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

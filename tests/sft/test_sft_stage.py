@@ -20,7 +20,7 @@ ROWS = [{"question": f"How many are {n}?", "answer": "There are many."} for n in
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_toy(tmp_path_factory.mktemp("toy"))
+    return save_toy(tmp_path_factory.mktemp("toy"), "lesson")
 
 
 @pytest.fixture
@@ -82,3 +82,11 @@ def test_a_template_of_ones_own_is_the_model_s(run: Callable[..., Path], tmp_pat
     path.write_text(OWN + " ")
     with pytest.raises(UserError, match="holds a run with another chat_template"):
         run(chat_template_path=path)
+
+
+def test_questions_without_room_for_an_answer_are_no_samples(run: Callable[..., Path]) -> None:
+    """A context of 2,048. Broken once: an IndexError behind the last learned position, after the
+    training, and again whenever the run was to go on."""
+    assert "How many are" in (run() / "samples.md").read_text()
+    samples = (run(max_new_tokens=2040, overwrite="true") / "samples.md").read_text()
+    assert samples.startswith("# Answers") and "How many are" not in samples
