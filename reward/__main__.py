@@ -43,7 +43,7 @@ from common.stage import (
 )
 from common.tokenizer import load_tokenizer, require_own_tokens
 from reward.collect import EVALUATED_ON, collect, hash_labeller
-from reward.config import RewardModelConfig
+from reward.config import BY_DATA, RewardModelConfig
 from reward.figures import (
     accuracy_figures,
     calibration_figures,
@@ -119,10 +119,12 @@ def main() -> None:
         for side in ("chosen", "rejected")
     }
     probabilities = label_probabilities(held_out, scores["chosen"], scores["rejected"])
-    judge = None
-    if isinstance(stage.task, ArdenTask) and not Path(config.labeller).is_file():
-        judge = stage.task.gold_reward  # of a file's own prompts he would know nothing
-    summary = measure(model, tokenizer, judge, held_out, scores, probabilities)
+    by_data, judge = config.labeller == BY_DATA, None
+    arden = stage.task if isinstance(stage.task, ArdenTask) else None
+    if arden and (by_data or config.labeller_is_model):
+        judge = arden.gold_reward  # of a file's own prompts he would know nothing
+    simulated = arden is not None and by_data
+    summary = measure(model, tokenizer, judge, simulated, held_out, scores, probabilities)
     summary |= {"pairs": len(train), "train_seconds": seconds}
     report = write_report(summary, held_out, scores["chosen"], scores["rejected"], probabilities)
     write_text(stage.output.path / "report.md", report)
@@ -187,6 +189,7 @@ def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     judge: Callable[..., list[float]] | None,
+    simulated: bool,
     pairs: Dataset,
     scores: dict[str, list[float]],
     probabilities: list[float],
@@ -199,7 +202,7 @@ def measure(
             judge(pairs["prompt"], pairs["chosen"]),
             judge(pairs["prompt"], pairs["rejected"]),
         )
-    figures: dict[str, Any] = accuracy_figures(pairs, chosen, rejected)
+    figures: dict[str, Any] = accuracy_figures(pairs, chosen, rejected, simulated=simulated)
     figures |= calibration_figures(probabilities, chosen, rejected)
     figures |= length_figures(pairs, chosen, rejected, gold)
     good = [row["prompt"] + row["rejected" if row["flipped"] else "chosen"] for row in pairs]

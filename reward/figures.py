@@ -16,20 +16,21 @@ FOLDS = 5
 
 
 def accuracy_figures(
-    pairs: Dataset, chosen: list[float], rejected: list[float]
+    pairs: Dataset, chosen: list[float], rejected: list[float], *, simulated: bool
 ) -> dict[str, float]:
     """Shares of pairs ranked right.
 
     Args:
         pairs: with `flipped` (the labeller erred) and `kind`.
         chosen, rejected: scores of each pair's answers.
+        simulated: the labeller is, so that his errors are known.
 
     Returns:
-        `accuracy` against the labels as given, `accuracy_clean_labels` against the truth behind
-        them, `accuracy_ceiling` (what a perfect judge reaches on the labels as given),
-        `accuracy_chance_error` (how far a guesser's accuracy strays: one standard error), `margin`
-        (mean score of the truly better answer over the other's), and the clean accuracy of every
-        kind of pair as `accuracy_<kind>`, with the pairs' count.
+        `accuracy` against the labels as given; of a simulated labeller `accuracy_clean_labels`
+        against the truth behind them and `accuracy_ceiling` (what a perfect judge reaches on the
+        labels as given); `accuracy_chance_error` (how far a guesser's accuracy strays: one standard
+        error), `margin` (mean score of the truly better answer over the other's), and the clean
+        accuracy of every kind of pair as `accuracy_<kind>`, with the pairs' count.
     """
     agrees = [a > b for a, b in zip(chosen, rejected, strict=True)]
     clean = [agree != flip for agree, flip in zip(agrees, pairs["flipped"], strict=True)]
@@ -38,10 +39,11 @@ def accuracy_figures(
         of_kind = [c for c, k in zip(clean, pairs["kind"], strict=True) if k == kind]
         figures[f"accuracy_{kind}"] = _mean(of_kind)
         figures[f"pairs_{kind}"] = len(of_kind)
-    return figures | {  # over a kind that is called like one of them
-        "accuracy": _mean(agrees),
-        "accuracy_clean_labels": _mean(clean),
-        "accuracy_ceiling": 1 - _mean(pairs["flipped"]),
+    figures["accuracy"] = _mean(agrees)  # over a kind that is called like one of them
+    if simulated:
+        figures["accuracy_clean_labels"] = _mean(clean)
+        figures["accuracy_ceiling"] = 1 - _mean(pairs["flipped"])
+    return figures | {
         "accuracy_chance_error": chance_error(agrees, pairs["prompt"]),
         "margin": _mean(margins(pairs, chosen, rejected)),
     }

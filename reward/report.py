@@ -28,11 +28,10 @@ def write_report(
     lines += [f"- {reason}" for reason in figures["no_go_reasons"]] or [
         "Nothing speaks against it."
     ]
-    lines += [
-        "\n## By kind of pair\n",
-        "| kind | pairs | accuracy | on clean labels | margin | calibration error |",
-        "|---|---|---|---|---|---|",
-    ]
+    known = "accuracy_clean_labels" in figures
+    names = ["kind", "pairs", "accuracy", *(["on clean labels"] if known else [])]
+    names += ["margin", "calibration error"]
+    lines += ["\n## By kind of pair\n", _cells(names), "|---" * len(names) + "|"]
     everything = list(range(len(pairs)))
     columns = chosen, rejected, probabilities
     kinds = {
@@ -40,7 +39,7 @@ def write_report(
         for kind in sorted(set(pairs["kind"]))
     }
     for name, places in {"all": everything, **kinds}.items():
-        lines.append(_row(name, pairs.select(places), *_at(places, *columns)))
+        lines.append(_row(name, known, pairs.select(places), *_at(places, *columns)))
     lines += [
         "\n## Reliability\n",
         "How sure it is of the answer it prefers, and how often the labels as given prefer it, "
@@ -69,8 +68,13 @@ def _at(places: list[int], *columns: list[float]) -> list[list[float]]:
     return [[column[place] for place in places] for column in columns]
 
 
+def _cells(texts: list[str]) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
 def _row(
     name: str,
+    known: bool,
     pairs: Dataset,
     chosen: list[float],
     rejected: list[float],
@@ -81,10 +85,9 @@ def _row(
     given = sum(a > b for a, b in zip(chosen, rejected, strict=True)) / count
     clean = sum(distance > 0 for distance in distances) / count
     error = calibration_error(reliability(probabilities))
-    return (
-        f"| {name} | {count} | {given:.3f} | {clean:.3f} | {sum(distances) / count:.2f} "
-        f"| {error:.3f} |"
-    )
+    shares = [f"{given:.3f}", *([f"{clean:.3f}"] if known else [])]
+    mean = sum(distances) / count
+    return _cells([name, str(count), *shares, f"{mean:.2f}", f"{error:.3f}"])
 
 
 def draw_reliability(bins: list[ReliabilityBin]) -> str:

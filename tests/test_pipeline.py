@@ -309,7 +309,7 @@ def test_own_questions_and_rankings(folder: Path, tmp_path: Path) -> None:
     refused = run_stage("reward", folder, name="no_margins", check=False, margins=2, **own)
     assert refused.returncode == 2 and "give --margins 0" in refused.stderr
     run_stage("reward", folder, name="own_reward", **own)
-    assert summary(folder / "own_reward")["accuracy_ceiling"] == 1.0
+    assert not {"accuracy_ceiling", "accuracy_clean_labels"} & summary(folder / "own_reward").keys()
     long = [{"question": row["question"] * 30, "answer": "No."} for row in rows]  # no room for one
     questions.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *long]))
     models = {"model_name_or_path": folder / "own_sft", "reward": folder / "own_reward"}

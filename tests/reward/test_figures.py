@@ -44,8 +44,11 @@ CHOSEN, REJECTED = [3.0, 2.0, 1.0, 0.0], [1.0, 1.0, 4.0, 1.0]
 
 
 def test_accuracy_and_margin_by_hand() -> None:
-    """Margins +2, -1 (the labeller erred), -3, -1. Broken by margins that pass over `flipped`."""
-    figures = accuracy_figures(FOUR, CHOSEN, REJECTED)
+    """Margins +2, -1 (the labeller erred), -3, -1. Broken by margins that pass over `flipped`, and
+    once by a ceiling of 1 and clean labels where nobody knows who erred."""
+    figures = accuracy_figures(FOUR, CHOSEN, REJECTED, simulated=True)
+    unknown = accuracy_figures(FOUR, CHOSEN, REJECTED, simulated=False)
+    assert figures.keys() - unknown.keys() == {"accuracy_clean_labels", "accuracy_ceiling"}
     assert figures["accuracy"] == 2 / 4 and figures["accuracy_ceiling"] == 3 / 4
     assert figures["accuracy_clean_labels"] == figures["accuracy"] - 1 / 4
     assert figures["margin"] == -3 / 4

@@ -52,7 +52,8 @@ def test_other_rankings_of_a_labeller_are_another_run(
     asked = write(tmp_path / "asked.jsonl", [{"prompt": row["prompt"]} for row in PAIRS])
     ranked = write(tmp_path / "ranked.jsonl", PAIRS)
     (tmp_path / "mix.yaml").write_text(f"- path: {ranked}\n")
-    run(asked, labeller=tmp_path / "mix.yaml")
+    figures = run(asked, labeller=tmp_path / "mix.yaml")
+    assert "accuracy" in figures and "accuracy_ceiling" not in figures
     sources = json.loads((tmp_path / "reward" / "manifest.json").read_text())["sources"]
     assert sources.keys() == {"parent", "policy", "labeller", "data"}
     write(ranked, PAIRS[:-1])

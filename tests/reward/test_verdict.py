@@ -69,8 +69,11 @@ def test_alignment_asks_the_verdict(tmp_path: Path) -> None:
 
 
 def test_report_by_hand() -> None:
-    """Broken by margins of 1 for every pair."""
+    """Broken by margins of 1 for every pair. Without clean labels there is no column of them."""
     figures: dict[str, Any] = GOOD | {"go": False, "no_go_reasons": ["it is bad"]}
+    report = write_report(figures, FOUR, CHOSEN, REJECTED, [0.9, 0.9, 0.2, 0.2])
+    assert "| x | 2 | 1.000 | 0.50 |" in report and "clean" not in report
+    figures["accuracy_clean_labels"] = 0.25
     probabilities = [0.9, 0.9, 0.2, 0.2]
     lines = write_report(figures, FOUR, CHOSEN, REJECTED, probabilities).splitlines()
     assert lines[0] == "# Reward model: no-go for PPO" and "- it is bad" in lines
