@@ -9,6 +9,7 @@ own rankings (`prompt`, `chosen`, `rejected`) are taken as they are. `report.md`
 be trusted, and `go` in the summary whether PPO should follow it (`reward.verdict`).
 """
 
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -53,8 +54,8 @@ from reward.figures import (
 )
 from reward.pairs import GroupedRewardTrainer
 from reward.probes import padding_difference, spam_figures
-from reward.report import draw_reliability, write_report
-from reward.verdict import reasons_against
+from reward.report import draw_reliability, write_report, write_verdict
+from reward.verdict import DIVERGED, reasons_against
 
 LEARNED = ["prompt", "chosen", "rejected"]
 
@@ -118,18 +119,22 @@ def main() -> None:
         side: score_chats(model, tokenizer, [row["prompt"] + row[side] for row in held_out])
         for side in ("chosen", "rejected")
     }
-    probabilities = label_probabilities(held_out, scores["chosen"], scores["rejected"])
-    by_data, judge = config.labeller == BY_DATA, None
-    arden = stage.task if isinstance(stage.task, ArdenTask) else None
-    if arden and (by_data or config.labeller_is_model):
-        judge = arden.gold_reward  # of a file's own prompts he would know nothing
-    simulated = arden is not None and by_data
-    summary = measure(model, tokenizer, judge, simulated, held_out, scores, probabilities)
+    summary: dict[str, Any] = {"go": False, "no_go_reasons": [DIVERGED]}
+    report = write_verdict(summary)
+    chosen, rejected = scores["chosen"], scores["rejected"]
+    if all(map(math.isfinite, chosen + rejected)):
+        probabilities = label_probabilities(held_out, chosen, rejected)
+        by_data, judge = config.labeller == BY_DATA, None
+        arden = stage.task if isinstance(stage.task, ArdenTask) else None
+        if arden and (by_data or config.labeller_is_model):
+            judge = arden.gold_reward  # of a file's own prompts he would know nothing
+        simulated = arden is not None and by_data
+        summary = measure(model, tokenizer, judge, simulated, held_out, scores, probabilities)
+        report = write_report(summary, held_out, chosen, rejected, probabilities)
+        plot = draw_reliability(reliability(probabilities))
+        write_text(stage.output.path / "reliability.svg", plot)
     summary |= {"pairs": len(train), "train_seconds": seconds}
-    report = write_report(summary, held_out, scores["chosen"], scores["rejected"], probabilities)
     write_text(stage.output.path / "report.md", report)
-    plot = draw_reliability(reliability(probabilities))
-    write_text(stage.output.path / "reliability.svg", plot)
     shown = list(held_out.select(range(min(20, len(held_out)))))
     samples = format_samples(
         "Held-out pairs: score of the chosen, then of the rejected answer",

@@ -22,12 +22,7 @@ def write_report(
         figures: the summary's.
         pairs, chosen, rejected, probabilities: as in `reward.figures`.
     """
-    bins = reliability(probabilities)
-    verdict = "go" if figures["go"] else "no-go"
-    lines = [f"# Reward model: {verdict} for PPO\n"]
-    lines += [f"- {reason}" for reason in figures["no_go_reasons"]] or [
-        "Nothing speaks against it."
-    ]
+    bins, lines = reliability(probabilities), write_verdict(figures).splitlines()
     known = "accuracy_clean_labels" in figures
     names = ["kind", "pairs", "accuracy", *(["on clean labels"] if known else [])]
     names += ["margin", "calibration error"]
@@ -62,6 +57,15 @@ def write_report(
     shown = ("length_", "accuracy_longer", "pairs_longer", "margin", "spam_", "padding_")
     lines += [f"| {k} | {v:.4g} |" for k, v in figures.items() if k.startswith(shown)]
     return "\n".join(lines) + "\n"
+
+
+def write_verdict(figures: dict[str, Any]) -> str:
+    """The report's beginning: go or no-go, and why."""
+    verdict = "go" if figures["go"] else "no-go"
+    reasons = [f"- {reason}\n" for reason in figures["no_go_reasons"]]
+    return "".join(
+        [f"# Reward model: {verdict} for PPO\n\n", *(reasons or ["Nothing speaks against it.\n"])]
+    )
 
 
 def _at(places: list[int], *columns: list[float]) -> list[list[float]]:

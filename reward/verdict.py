@@ -16,6 +16,7 @@ SPAM_MARGINS = 1.0
 # In score's units; it moves no preference by more than 0.0025. Beyond rounding a score must not
 # depend on the answers it is scored beside.
 PADDING_DIFFERENCE = 0.01
+DIVERGED = "its scores are not numbers: training diverged, a lower learning_rate may not"
 
 
 def reasons_against(figures: dict[str, float], pairs: int) -> list[str]:

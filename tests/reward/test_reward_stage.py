@@ -90,3 +90,12 @@ def test_a_finished_run_stays_where_its_successor_is_refused(
     run(write(tmp_path / "new.jsonl", PAIRS), overwrite="true")
     assert (folder / "model.safetensors").read_bytes() != b"weights"
     assert not (folder / "replaced").exists()
+
+
+def test_a_diverged_model_is_a_no_go(run: Callable[..., Any], tmp_path: Path) -> None:
+    """Broken once: a ValueError, and nothing was left but a checkpoint."""
+    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+    figures = run(pairs, learning_rate=1e30, warmup_steps=0, weight_decay=1)
+    assert figures["go"] is False and "are not numbers" in figures["no_go_reasons"][0]
+    report = (tmp_path / "reward" / "report.md").read_text()
+    assert report.startswith("# Reward model: no-go") and "are not numbers" in report
