@@ -43,7 +43,7 @@ from common.stage import (
     train_or_resume,
 )
 from common.tokenizer import load_tokenizer, require_own_tokens
-from reward.collect import EVALUATED_ON, collect, hash_labeller
+from reward.collect import EVALUATED_ON, collect, hash_labeller, read_rows
 from reward.config import BY_DATA, RewardModelConfig
 from reward.figures import (
     accuracy_figures,
@@ -162,8 +162,8 @@ def build_scorer(
 
 
 def read_pairs(folder: Path, split: str) -> Dataset:
-    """The ranked pairs of a split."""
-    return Dataset.from_json(str(folder / f"{split}.jsonl"))
+    """The ranked pairs of a split; datasets' own reader takes a text like 2020-01-01 for a time."""
+    return Dataset.from_list(read_rows(folder / f"{split}.jsonl"))
 
 
 def learned(pairs: Dataset, margins: float) -> Dataset:

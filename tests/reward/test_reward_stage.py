@@ -10,7 +10,7 @@ import pytest
 
 from common.config import as_flags
 from common.errors import UserError
-from reward.__main__ import main
+from reward.__main__ import main, read_pairs
 from tests.toy import save_toy
 
 PAIRS = [
@@ -90,6 +90,14 @@ def test_a_finished_run_stays_where_its_successor_is_refused(
     run(write(tmp_path / "new.jsonl", PAIRS), overwrite="true")
     assert (folder / "model.safetensors").read_bytes() != b"weights"
     assert not (folder / "replaced").exists()
+
+
+def test_answers_stay_text(tmp_path: Path) -> None:
+    """Broken once: dates came back as times, and the chat template failed at them."""
+    said = [{"role": "assistant", "content": f"2021-01-{n:02d}"} for n in range(1, 9)]
+    rows = [{"prompt": PAIRS[0]["prompt"], "chosen": [one], "rejected": [one]} for one in said]
+    write(tmp_path / "train.jsonl", rows)
+    assert list(read_pairs(tmp_path, "train")) == rows
 
 
 def test_a_diverged_model_is_a_no_go(run: Callable[..., Any], tmp_path: Path) -> None:
