@@ -171,6 +171,7 @@ def open_ranked(config: RankingConfig) -> Task:
     """The file, folder or mixture of rankings that the labeller is."""
     return load_task(
         config.labeller,
+        columns=config.columns,
         validation_fraction=config.validation_fraction,
         skip_faulty_rows=config.skip_faulty_rows,
     )
@@ -248,6 +249,8 @@ def label(
     if config.labeller == BY_DATA:
         return task.rankings(sample, split, count, config.noise)
     if not config.labeller_is_model:
+        unused = "data, prompts and samples_per_prompt are not used"
+        print(f"rankings, {split}: those of {config.labeller}; {unused}")
         return open_ranked(config).rankings(sample, split, count, config.noise)
     prompts = list(task.prompt_rows(split, count)["prompt"])
     return rank_by_model(config.labeller, prompts, sample(prompts), device)
