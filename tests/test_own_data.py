@@ -54,18 +54,15 @@ def test_a_mixture_of_alpaca_and_gsm8k(tiny: Path, tmp_path: Path) -> None:
 
 def test_lora_leaves_a_plain_model_that_the_next_stage_takes(tiny: Path, tmp_path: Path) -> None:
     """Broken by leaving the merge out: other names then, and no config.json."""
-    run_stage("sft", tiny, tmp_path / "sft", real("gsm8k_train.jsonl"), lora_r=4, learning_rate=0.1)
+    asked, ranked = tmp_path / "asked.json", tmp_path / "ranked.json"
+    asked.write_text(json.dumps([{"prompt": f"And {n}?", "completion": "So."} for n in range(40)]))
+    pairs = [{"prompt": f"And {n}?", "chosen": "So.", "rejected": "No."} for n in range(40)]
+    ranked.write_text(json.dumps(pairs))
+    run_stage("sft", tiny, tmp_path / "sft", asked, lora_r=4, learning_rate=0.1)
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "sft", tiny))
     assert ours.keys() == theirs.keys()
     assert any(not ours[name].equal(theirs[name]) for name in ours)
-    figures = run_stage(
-        "reward",
-        tmp_path / "sft",
-        tmp_path / "reward",
-        real("preferences_en_300.json"),
-        max_lost_share=1,
-        validation_fraction=0.3,
-    )
+    figures = run_stage("reward", tmp_path / "sft", tmp_path / "reward", ranked)
     assert figures["pairs_given"] > 0 and isinstance(figures["go"], bool)
 
 

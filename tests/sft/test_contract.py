@@ -181,14 +181,18 @@ def test_an_end_of_text_is_learned_in_a_packed_row(tmp_path: Path) -> None:
 
 def test_every_stage_reads_the_same_ids(tmp_path: Path) -> None:
     """Fine-tuning, the reward model, PPO, and whoever serves the saved model by its template; by
-    hand for the first conversation.
+    hand for the first two conversations, one with a system turn and a second question.
 
-    Broken by a scorer that leaves the prompt's first token out.
+    Broken by a scorer that leaves the prompt's first token out, and by a template whose system turn
+    ends in one line end.
     """
     # 7 "\n", 8 " ", 9 ".", 10 "?", 11 a, 12 b ...
-    golden = [1, 4, 8, 11, 10, 7, 7, 5, 8, 12, 12, 9, 2]
-    assert render(TOKENIZER, CHATS)[0] == golden, GOLDEN
+    one_turn = [1, 4, 8, 11, 10, 7, 7, 5, 8, 12, 12, 9, 2]
+    led = [1, 3, 8, 13, 7, 7]
+    asked_twice = [4, 8, 14, 10, 7, 7, 5, 8, 15, 9, 2, 4, 8, 16, 17, 10, 7, 7]
+    asked_twice += [5, 8, 18, 18, 18, 18, 18, 9, 2]
     expected = render(TOKENIZER, CHATS)
+    assert expected[:2] == [one_turn, led + asked_twice], GOLDEN
     tuned = trainer(tmp_path / "sft", shuffle_dataset=False).train_dataset
     assert [row["input_ids"] for row in tuned] == expected
     pairs = [{"prompt": c[:-1], "chosen": c[-1:], "rejected": say("a: no")} for c in CHATS]
