@@ -79,8 +79,6 @@ def load_rows(
     """
     columns = columns or {}
     _check_arguments(format, columns)
-    if format == "prompt":
-        columns = _prompt_columns(columns)
     files = local_files(source, split)
     if files is None:
         hub = load_from_hub(source, split, cache_dir=cache_dir)
@@ -117,23 +115,13 @@ def load_rows(
 def _check_arguments(format: str, columns: dict[str, str]) -> None:
     if format not in SHAPES:
         raise UserError(f'format "{format}" is unknown; must be one of {", ".join(SHAPES)}')
-    # The prompts of a data set are read by the mapping that its answers are.
-    shapes = [s for f in (SHAPES if format == "prompt" else [format]) for s in SHAPES[f]]
-    fields = {field for shape in shapes for field in (*shape.fields, *shape.optional)}
+    fields = {field for shape in SHAPES[format] for field in (*shape.fields, *shape.optional)}
     for name in columns:
         if name not in fields:
             raise UserError(
                 f'columns: "{name}" is no field of format "{format}"; '
                 f"must be one of {', '.join(sorted(fields))} (our field: their column)"
             )
-
-
-def _prompt_columns(columns: dict[str, str]) -> dict[str, str]:
-    """Those of the columns that a prompt is made from."""
-    for shape in SHAPES["prompt"]:
-        if set(shape.fields) & set(columns):
-            return {k: v for k, v in columns.items() if k in (*shape.fields, *shape.optional)}
-    return columns
 
 
 def _convert(

@@ -257,10 +257,6 @@ def _ranked(row: Row) -> list[dict[str, Any]]:
     ]
 
 
-def _prompt_of_pair(row: Row) -> dict[str, Any]:
-    return {"prompt": _preference(None)(row)["prompt"]}
-
-
 def _prompt(field: str) -> Callable[[Row], dict[str, Any]]:
     """A conversation that ends in an answer gives what came before that answer."""
 
@@ -284,6 +280,18 @@ class Shape(NamedTuple):
         *first, last = self.fields
         return f"{', '.join(first)} and {last}" if first else last
 
+    def asking(self) -> "Shape":
+        """The same rows, of which the prompt alone is wanted."""
+        if len(self.fields) == 1:  # a conversation, which may as well end in a question
+            return self._replace(convert=_prompt(*self.fields))
+
+        def convert(row: Row) -> dict[str, Any]:
+            found = self.convert(row)
+            found = found[0] if isinstance(found, list) else found
+            return {"prompt": found["prompt"] if "prompt" in found else found["messages"][:-1]}
+
+        return self._replace(convert=convert)
+
 
 _ALPACA_EXTRA = ("input", "system")
 _PAIR_EXTRA = ("system", "margin", "kind")
@@ -302,21 +310,21 @@ SHAPES: dict[str, list[Shape]] = {
         Shape(("chosen", "rejected"), _preference(None), _PAIR_EXTRA),
         Shape(("prompt", "answers", "scores"), _ranked, ("system", "kind")),
     ],
-    "prompt": [
-        Shape(("prompt",), _prompt("prompt")),
-        Shape(("messages",), _prompt("messages")),
-        Shape(("conversations",), _prompt("conversations")),
-        Shape(("question",), _prompt("question")),
-        Shape(("instruction",), lambda row: {"prompt": _instruction(row)}, _ALPACA_EXTRA),
-        Shape(("chosen", "rejected"), _prompt_of_pair),
-    ],
 }
+SHAPES["prompt"] = [
+    *(shape.asking() for shape in SHAPES["messages"] + SHAPES["preference"]),
+    Shape(("prompt",), _prompt("prompt")),
+    Shape(("question",), _prompt("question")),
+    Shape(("instruction",), lambda row: {"prompt": _instruction(row)}, _ALPACA_EXTRA),
+]
 
 
 def find_shape(format: str, values: dict[str, Any], columns: dict[str, str]) -> Shape:
     """The shape that a source's first row has.
 
     Where none fits wholly, the one with most fields does; its `convert` names what is missing.
+    Where a row has answers, its prompt is what they answer: every stage then holds the same ones
+    out. Bare it is taken only of a row without.
 
     Raises:
         BadRow: none fits, or two fit equally.
@@ -326,9 +334,11 @@ def find_shape(format: str, values: dict[str, Any], columns: dict[str, str]) -> 
     there = [sum(map(row.has, shape.fields)) for shape in shapes]
     whole = [s for s, n in zip(shapes, there, strict=True) if n == len(s.fields)]
     part = [s for s, n in zip(shapes, there, strict=True) if n == max(there) > 0]
+    if format == "prompt":
+        whole = _answered(whole)
     # Of "chosen, rejected" and "prompt, chosen, rejected" the larger explains the row.
     found = [s for s in whole if not any(set(s.fields) < set(o.fields) for o in whole)] or part
-    if len(found) == 1 or (found and format == "prompt"):
+    if len(found) == 1:
         return found[0]
     has = f"the row has {', '.join(map(str, values)) or 'no columns'}"
     expected = ", or ".join(map(str, found or shapes))
@@ -337,3 +347,12 @@ def find_shape(format: str, values: dict[str, Any], columns: dict[str, str]) -> 
     raise BadRow(
         f'{has}; format "{format}" needs {expected}: rename, or map with `columns` (our: theirs)'
     )
+
+
+def _answered(whole: list[Shape]) -> list[Shape]:
+    """Of a row's looks those with an answer: fine-tuning's, or else the reward model's, if any."""
+    for format in ("messages", "preference"):
+        known = [shape.fields for shape in SHAPES[format]]
+        if found := [shape for shape in whole if shape.fields in known]:
+            return found
+    return whole

@@ -122,9 +122,21 @@ def test_shared_prefix_from_gzip(tmp_path):
         ({"conversations": gpt("u: A", "a: B", "u: C", "a: D")}, say("u: A", "a: B", "u: C")),
         ({"question": "Hi", "answer": "Ho"}, say("u: Hi")),
         ({"instruction": "Hi", "input": "x", "output": "Ho"}, say("u: Hi\n\nx")),
+        ({"question": "Hi"}, say("u: Hi")),
+        ({"instruction": "Hi", "input": "x"}, say("u: Hi\n\nx")),
+        ({"messages": say("u: A", "a: B", "u: C")}, say("u: A", "a: B", "u: C")),
+        ({"prompt": "Hi", "answer": "Ho"}, say("u: Hi")),
+        ({"prompt": "Hi", "answers": ["So", "Ho"], "scores": [1, 2]}, say("u: Hi")),
+        # and a prompt beside what the answers answer
+        ({"instruction": "Hi", "input": "", "output": "Ho", "prompt": "Hi? Ho"}, say("u: Hi")),
+        ({"question": "Hi", "answer": "Ho", "prompt": "Solve: Hi"}, say("u: Hi")),
+        ({"messages": say("s: S", "u: Hi", "a: Ho"), "prompt": "Hi"}, say("s: S", "u: Hi")),
+        ({"prompt": "So", "chosen": UA, "rejected": say("u: Hi", "a: No")}, say("u: Hi")),
     ],
 )
 def test_prompt(load, row, expected):
+    """Broken once: `prompt` was taken wherever there was one, though fine-tuning read another
+    column: PPO's prompts held the answers, and other ones were held out."""
     assert load([row], format="prompt").to_list() == [{"prompt": expected}]
 
 
@@ -157,7 +169,9 @@ def test_prompts_by_the_mapping_of_the_answers(load, columns):
 
     Broken by passing the columns on whole: "completion" was then no field of a prompt.
     """
-    rows = load([{"q": "Hi", "a": "Ho", "b": "No"}], format="prompt", columns=columns)
+    said = [["Ho", "No"], [2, 1]] if "scores" in columns else ["Ho", "No"]
+    row = dict(zip("qab", ["Hi", *said], strict=True))
+    rows = load([row], format="prompt", columns=columns)
     assert rows.to_list() == [{"prompt": say("u: Hi")}]
 
 
@@ -205,7 +219,14 @@ def test_faults_of_messages(load, rows, message):
         ("text", {"text": 3}, '"text" is 3 (int); expected text'),
         ("text", {"text": None}, 'the row has text; format "text" needs text'),
         ("prompt", {"prompt": UA}, "the last turn is by assistant; expected user"),
-        ("prompt", {"answer": "a"}, 'the row has answer; format "prompt" needs prompt, or'),
+        ("prompt", {"foo": "a"}, 'the row has foo; format "prompt" needs messages, or'),
+        ("prompt", {"answer": "a"}, '"question" is missing; expected question and answer'),
+        ("prompt", {"prompt": "a", "question": "b"}, "fits prompt, or question; name the columns"),
+        (
+            "prompt",
+            {"prompt": "a", "completion": "b", "question": "c", "answer": "d"},
+            "fits prompt and completion, or question and answer; name the columns to take",
+        ),
         ("preference", {"prompt": "a", "chosen": "b"}, '"rejected" is missing; expected'),
         ("preference", {"prompt": UA, "chosen": "b", "rejected": "c"}, "turn 3 is by assistant"),
         ("preference", {"chosen": UA, "rejected": say("u: x", "a: y")}, "differ before their last"),
