@@ -15,6 +15,7 @@ Messages begin with at most one system turn; then user and assistant take turns.
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -60,12 +61,6 @@ class Row:
         """The value, checked to be text with something in it."""
         return _check_text(self.get(field), f'"{self.name(field)}"')
 
-    def number(self, field: str) -> float | None:
-        """The value, checked to be a number, or None where the row has none."""
-        if not self.has(field):
-            return None
-        return _check_number(self.get(field), f'"{self.name(field)}"')
-
     def is_blank(self, field: str) -> bool:
         """Whether the value is text with nothing in it."""
         value = self.values.get(self.name(field))
@@ -85,8 +80,18 @@ class Row:
         return [_message(item, f"{name}[{i}]") for i, item in enumerate(value)]
 
     def kind(self) -> str | None:
-        """The optional column `kind` of ranked answers."""
-        return self.text("kind") if self.has("kind") else None
+        """The optional column `kind` of ranked answers; blank, as in CSV, it is none."""
+        return self.text("kind") if self.has("kind") and not self.is_blank("kind") else None
+
+    def margin(self) -> float | None:
+        """The optional column `margin` of ranked answers; blank it is none, numerals a number."""
+        if not self.has("margin") or self.is_blank("margin"):
+            return None
+        value = self.get("margin")
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = float(value)
+        return _check_number(value, f'"{self.name("margin")}"', least=0)
 
     def system(self) -> Messages:
         """The optional column `system`, as a turn of its own."""
@@ -133,9 +138,11 @@ def _check_text(value: Any, name: str) -> str:
     return value
 
 
-def _check_number(value: Any, name: str) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
+def _check_number(value: Any, name: str, least: float = -math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadRow(f"{name} is {_show(value)}; expected a number")
+    if value < least:
+        raise BadRow(f"{name} is {_show(value)}; expected {least:g} or more")
     return float(value)
 
 
@@ -186,14 +193,19 @@ def _instruction(row: Row) -> Messages:
         raise BadRow(f'"{row.name("input")}" is {_show(extra)}; expected text')
     if extra and extra.strip():
         instruction += "\n\n" + _check_text(extra, f'"{row.name("input")}"')
-    return [*row.system(), {"role": "user", "content": instruction}]
+    return [{"role": "user", "content": instruction}]
 
 
 def _alpaca(row: Row) -> dict[str, Any]:
-    return {"messages": [*_instruction(row), {"role": "assistant", "content": row.text("output")}]}
+    answer = {"role": "assistant", "content": row.text("output")}
+    return {"messages": [*row.system(), *_instruction(row), answer]}
 
 
-def _preference(prompt_field: str | None) -> Callable[[Row], dict[str, Any]]:
+def _question(field: str) -> Callable[[Row], Messages]:
+    return lambda row: row.messages(field, "user")
+
+
+def _preference(asked: Callable[[Row], Messages] | None = None) -> Callable[[Row], dict[str, Any]]:
     """Where chosen and rejected are whole conversations, what they share is the prompt."""
 
     def convert(row: Row) -> dict[str, Any]:
@@ -202,8 +214,8 @@ def _preference(prompt_field: str | None) -> Callable[[Row], dict[str, Any]]:
         prompt = chosen[:-1]
         if prompt != rejected[:-1]:
             raise BadRow("chosen and rejected differ before their last turn; expected one prompt")
-        if not prompt and prompt_field:
-            prompt = row.messages(prompt_field, "user")
+        if not prompt and asked:
+            prompt = asked(row)
         prompt = row.system() + prompt
         for name, answer in (("chosen", chosen), ("rejected", rejected)):
             _check_turns(prompt + answer[-1:], "assistant", row.name(name))
@@ -213,7 +225,7 @@ def _preference(prompt_field: str | None) -> Callable[[Row], dict[str, Any]]:
             "prompt": prompt,
             "chosen": chosen[-1:],
             "rejected": rejected[-1:],
-            "margin": row.number("margin"),
+            "margin": row.margin(),
             "kind": row.kind(),
         }
 
@@ -305,9 +317,16 @@ SHAPES: dict[str, list[Shape]] = {
         Shape(("instruction", "output"), _alpaca, _ALPACA_EXTRA),
     ],
     "preference": [
-        Shape(("prompt", "chosen", "rejected"), _preference("prompt"), _PAIR_EXTRA),
-        Shape(("conversations", "chosen", "rejected"), _preference("conversations"), _PAIR_EXTRA),
-        Shape(("chosen", "rejected"), _preference(None), _PAIR_EXTRA),
+        *(
+            Shape((field, "chosen", "rejected"), _preference(_question(field)), _PAIR_EXTRA)
+            for field in ("prompt", "conversations", "question")
+        ),
+        Shape(
+            ("instruction", "chosen", "rejected"),
+            _preference(_instruction),
+            ("input", *_PAIR_EXTRA),
+        ),
+        Shape(("chosen", "rejected"), _preference(), _PAIR_EXTRA),
         Shape(("prompt", "answers", "scores"), _ranked, ("system", "kind")),
     ],
 }
@@ -315,7 +334,9 @@ SHAPES["prompt"] = [
     *(shape.asking() for shape in SHAPES["messages"] + SHAPES["preference"]),
     Shape(("prompt",), _prompt("prompt")),
     Shape(("question",), _prompt("question")),
-    Shape(("instruction",), lambda row: {"prompt": _instruction(row)}, _ALPACA_EXTRA),
+    Shape(
+        ("instruction",), lambda row: {"prompt": row.system() + _instruction(row)}, _ALPACA_EXTRA
+    ),
 ]
 
 

@@ -79,14 +79,34 @@ PLAIN = {"prompt": say("u: Hi"), "chosen": say("a: Ho"), "rejected": say("a: No"
             {"prompt": "Human: Hi\r\n\r\nAssistant:", "chosen": "Ho", "rejected": "No"},
             PLAIN,
         ),
+        (
+            {"system": "S", "question": "Hi", "chosen": "Ho", "rejected": "No"},
+            {**PLAIN, "prompt": say("s: S", "u: Hi")},
+        ),
+        (
+            {"instruction": "Add", "input": "1, 2", "chosen": "3", "rejected": "4"},
+            {"prompt": say("u: Add\n\n1, 2"), "chosen": say("a: 3"), "rejected": say("a: 4")},
+        ),
+        ({"instruction": "So", "chosen": UA, "rejected": say("u: Hi", "a: No")}, PLAIN),
     ],
 )
 def test_preference(load, row, expected):
-    """A margin or a kind goes along where the row has one."""
+    """A margin or a kind goes along where the row has one. Broken once: Intel's orca_dpo_pairs
+    (system, question, chosen, rejected) had "turn 1 by assistant", as its question was not read."""
     assert load([row], format="preference").to_list() == [expected | UNSAID]
     said = row | {"margin": 2, "kind": "manners"}
     told = {"margin": 2.0, "kind": "manners"}
     assert load([said], format="preference", name="b.jsonl").to_list() == [expected | told]
+
+
+def test_optional_cells_of_csv(load):
+    """Broken once: every margin was text, and an empty kind was "empty; expected text"."""
+    text = "prompt,chosen,rejected,margin,kind\nHi,Ho,No,2,\nHi,Ho,No,,manners\n"
+    rows = load(text, "rows.csv", format="preference")
+    assert rows.to_list() == [
+        PLAIN | {"margin": 2.0, "kind": None},
+        PLAIN | {"margin": None, "kind": "manners"},
+    ]
 
 
 def test_ranked_answers_become_pairs(load):
@@ -279,6 +299,21 @@ def test_faults_of_messages(load, rows, message):
             "preference",
             {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"},
             "\"margin\" is 'much' (str); expected a number",
+        ),
+        (
+            "preference",
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1},
+            '"margin" is -1 (int); expected 0 or more',
+        ),
+        (
+            "preference",
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": True},
+            '"margin" is True (bool); expected a number',
+        ),
+        (
+            "preference",
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "nan"},
+            '"margin" is nan (float); expected a number',
         ),
     ],
 )
