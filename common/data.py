@@ -41,7 +41,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
 
 _CODE = (__file__, rows.__file__, readers.__file__)  # what makes a cached Arrow file stale
 
-_NAMED: set[str] = set()  # what this process has named the faulty rows of
+_NAMED: set[str] = set()  # what this process has said of rows that are left out
 
 Sources = list[tuple[str, Callable[[], NumberedRows]]]
 
@@ -72,7 +72,8 @@ def load_rows(
 
     Returns:
         A memory-mapped `Dataset` with the format's columns and `keep`. For "text" a .txt file is
-        one row and rows that are empty are left out.
+        one row and rows that are empty are left out; for "preference" rows that rank nothing,
+        counted on stderr.
 
     Raises:
         UserError: nothing is there, or a row is wrong.
@@ -91,14 +92,15 @@ def load_rows(
     code = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in _CODE]
     key = json.dumps([identity, format, columns, list(keep), where, skip, code], sort_keys=True)
     convert = partial(_convert, sources, format, columns, keep, where, skip)
-    if skip and key not in _NAMED:  # also where the rows come from the cache
+    told = key in _NAMED  # also where the rows come from the cache
+    if skip and not told:
         for fault in (faults := _find_faults(convert)):
             print(f"skipped: {fault}", file=sys.stderr)
         print(f"{source}: {len(faults)} faulty rows skipped", file=sys.stderr)
-        _NAMED.add(key)
+    _NAMED.add(key)
     added = [*keep, *(["where"] if where else [])]
     try:
-        return Dataset.from_generator(
+        found = Dataset.from_generator(
             lambda: convert([]),
             features=Features(_FEATURES[format] | {name: Value("string") for name in added}),
             cache_dir=cache_dir,
@@ -110,6 +112,26 @@ def load_rows(
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
+    return _ranking(source, found, told) if format == "preference" else found
+
+
+def _ranking(source: str, rows: Dataset, told: bool) -> Dataset:
+    """The rows that set one answer above another; how many do not is said unless it was `told`."""
+    ranks = rows.data.column("chosen").is_valid().to_pylist()
+    ties = ranks.count(False)
+    if ties == len(ranks):
+        raise UserError(
+            f"{source}: of each of {ties:,} rows all answers have the same score, so that nothing "
+            "is ranked; give different scores"
+        )
+    if not ties:
+        return rows
+    if not told:
+        print(
+            f"{source}: {ties:,} rows left out, all of whose answers have the same score",
+            file=sys.stderr,
+        )
+    return rows.select([place for place, rank in enumerate(ranks) if rank])
 
 
 def _check_arguments(format: str, columns: dict[str, str]) -> None:

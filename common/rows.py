@@ -1,7 +1,7 @@
 """What a row of someone's data may look like, and how each look becomes ours.
 
 `find_shape` recognises a row by its fields; the shape's `convert` checks the row and gives our own
-(of several ranked answers a list of them, one for each pair):
+(of several ranked answers a list of them, one for each pair; one without answers if all are equal):
 
     text        {"text": str}
     messages    {"messages": [{"role", "content"}, ...]}, ending in assistant
@@ -233,7 +233,7 @@ def _preference(asked: Callable[[Row], Messages] | None = None) -> Callable[[Row
 
 
 def _ranked(row: Row) -> list[dict[str, Any]]:
-    """Every pair of answers whose scores differ, the higher one chosen."""
+    """Every pair whose scores differ, the higher one chosen; the prompt alone where none do."""
     prompt = row.system() + row.messages("prompt", "user")
     answers, scores = row.get("answers"), row.get("scores")
     for field, values in (("answers", answers), ("scores", scores)):
@@ -255,7 +255,7 @@ def _ranked(row: Row) -> list[dict[str, Any]]:
         if said[one] == said[other] and scores[one] != scores[other]:
             name = row.name("answers")
             raise BadRow(f'"{name}"[{one}] and [{other}] are the same with different scores')
-    return [
+    pairs = [
         {
             "prompt": prompt,
             "chosen": said[one],
@@ -267,6 +267,7 @@ def _ranked(row: Row) -> list[dict[str, Any]]:
         for other in range(len(said))
         if scores[one] > scores[other]
     ]
+    return pairs or [{"prompt": prompt, **dict.fromkeys(("chosen", "rejected", "margin", "kind"))}]
 
 
 def _prompt(field: str) -> Callable[[Row], dict[str, Any]]:

@@ -119,6 +119,21 @@ def test_ranked_answers_become_pairs(load):
     assert pairs["margin"] == [3.0, 7.5, 10.5, 7.5, 3.0]
 
 
+def test_answers_of_one_score_rank_nothing(load, tmp_path, capsys):
+    """Broken once: such a row went without a word, and a file of them had "no rows in it"."""
+    tie = {"prompt": "Hi", "answers": ["Ho", "No"], "scores": [1, 1], "kind": "manners"}
+    rows = [tie, tie | {"scores": [2, 1]}, tie]
+    (pair,) = load(rows, format="preference")
+    assert pair["margin"] == 1 and pair["chosen"] == say("a: Ho")
+    assert "rows.jsonl: 2 rows left out, all of whose answers have" in capsys.readouterr().err
+    options = {"format": "preference", "cache_dir": str(tmp_path / "cache")}
+    assert len(load_rows(str(tmp_path / "rows.jsonl"), **options)) == 1
+    assert "left out" not in capsys.readouterr().err  # once a process is enough
+    assert load(rows, format="prompt")["prompt"] == [say("u: Hi")] * 3
+    with pytest.raises(UserError, match="of each of 2 rows all answers have the same score"):
+        load([tie, tie], format="preference")
+
+
 def test_shared_prefix_from_gzip(tmp_path):
     """As Anthropic's HH comes: `.jsonl.gz`, one dialogue in a string. Broken by keeping the space
     after a speaker's name."""
