@@ -39,7 +39,7 @@ class Source:
 
     def fingerprint(self) -> str:
         """sha256 of the file or folder (of a Hub set, its name), and what is read of it and how."""
-        local = Path(self.path).exists()
+        local = Path(self.path).expanduser().exists()
         said = [dataset_fingerprint(self.path) if local else self.path]
         said += [self.split] if self.split != "train" else []
         said += [json.dumps(self.columns, sort_keys=True)] if self.columns else []

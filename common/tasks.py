@@ -90,6 +90,8 @@ def load_task(
     if data == "shakespeare" or options.get("plays"):
         return PlaysTask(None if data == "shakespeare" else data)
     if data.endswith((".yaml", ".yml")):
+        if options.get("columns"):
+            raise UserError(f"columns: each source of {data} has its own; give them there")
         sources = read_mixture(data)
     else:
         sources = [Source(data, columns=options.get("columns"))]
@@ -199,12 +201,15 @@ class FileTask:
         keep: Sequence[str] = (),
     ) -> None:
         self.sources, self.share, self.skip, self.keep = sources, validation_fraction, skip, keep
+        self.weighed = len(sources) > 1 or sources[0].weight != 1
         one_text = len(sources) == 1 and sources[0].path.removesuffix(".gz").endswith(".txt")
+        if one_text and self.weighed:
+            raise UserError(f"{sources[0].path}: a single text is read once, weight must be 1")
         self.documents_apart = not one_text
 
     def fingerprint(self) -> str:
         """sha256 of the file or folder; of a Hub set, its name; of a mixture, all of it."""
-        if len(self.sources) == 1:
+        if not self.weighed:
             return self.sources[0].fingerprint()
         return ", ".join(f"{s.weight:g} x {s.fingerprint()}" for s in self.sources)
 
@@ -269,7 +274,7 @@ class FileTask:
         name = self.sources[0].path
         train, validation = holdout(rows, self.share, seed=0, name=name)
         if split in ("train", "align"):
-            return weigh(train, self.sources) if len(self.sources) > 1 else train
+            return weigh(train, self.sources) if self.weighed else train
         if split == "validation":
             return validation
         held = f"what validation_fraction ({self.share:g}) holds out of {name}"

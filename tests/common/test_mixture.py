@@ -51,6 +51,25 @@ def test_weights_say_how_often_rows_come(mixture: Path) -> None:
     assert task.prompt_rows("align", 7).column_names == ["prompt"]
 
 
+def test_the_weight_of_a_single_source_counts(tmp_path: Path) -> None:
+    """Broken once: it had no effect, and `columns` beside a mixture neither."""
+    rows = [{"question": f"q{n}", "answer": "a"} for n in range(20)]
+    file, mixture = write(tmp_path / "one.jsonl", rows), tmp_path / "mix.yaml"
+    plain = load_task(str(file))
+    mixture.write_text(f"- path: {file}")
+    assert load_task(str(mixture)).fingerprint() == plain.fingerprint()
+    mixture.write_text(f"- {{path: {file}, weight: 3}}")
+    task = load_task(str(mixture))
+    assert len(task.conversations("train")) == 3 * len(plain.conversations("train"))
+    assert len(task.conversations("dev")) == len(plain.conversations("dev"))
+    assert task.fingerprint() != plain.fingerprint()
+    with pytest.raises(UserError, match=r"columns: each source of .*mix\.yaml has its own"):
+        load_task(str(mixture), columns={"question": "q"})
+    mixture.write_text(f"- {{path: {tmp_path}/book.txt, weight: 3}}")
+    with pytest.raises(UserError, match=r"book\.txt: a single text is read once, weight must be 1"):
+        load_task(str(mixture))
+
+
 def test_a_source_is_a_subset_of_the_reward_figures(tmp_path: Path) -> None:
     pairs = [{"prompt": f"q{n}", "chosen": "a", "rejected": "b"} for n in range(20)]
     sources = [Source(str(write(tmp_path / f"{name}.jsonl", pairs))) for name in ("hh-1", "mine")]
@@ -71,6 +90,16 @@ def test_fingerprint_changes_with_what_is_read(mixture: Path, old: str, new: str
     before = load_task(str(mixture)).fingerprint()
     mixture.write_text(mixture.read_text().replace(old, new))
     assert load_task(str(mixture)).fingerprint() != before
+
+
+def test_fingerprint_of_a_file_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken once: it was the path, so that a changed file went unnoticed."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source, found = Source("~/q.jsonl"), set()
+    for answer in ("a", "b"):
+        write(tmp_path / "q.jsonl", [{"question": "q", "answer": answer}])
+        found.add(source.fingerprint())
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize(
