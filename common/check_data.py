@@ -104,9 +104,10 @@ def describe_lengths(report: LengthReport, stage: str) -> str:
 def describe_repeats(train: Dataset, held_out: Dataset) -> str:
     """Rows that stand twice, and prompts of the evaluation that are trained on, in words.
 
-    Case and spaces do not make a difference.
+    Case and spaces do not make a difference. What a weight shows several times stands once.
     """
-    rows = [_plain(row) for row in train]
+    places = train["where"] if "where" in train.column_names else range(len(train))
+    rows = [row for _, row in set(zip(places, map(_plain, train), strict=True))]
     prompts = {opening(row): place for place, row in enumerate(train)}
     leaks = [
         (place, prompts[prompt])

@@ -42,13 +42,15 @@ def test_mask_is_shown_to_the_token():
 
 
 def test_repeats_by_hand():
-    """Broken by comparing training rows as they are written."""
+    """The last row comes twice, by a weight. Broken once by counting that as repeated; broken by
+    comparing training rows as they are written."""
     train = [say("u: Who  goes?", "a: I."), say("u: who goes?", "a: i."), say("u: b", "a: c")]
     held_out = [say("u: WHO goes?", "a: You."), say("u: c", "a: b")]
     rows = [
         Dataset.from_list([{"messages": m, "where": f"f, row {i}"} for i, m in enumerate(part)])
         for part in (train, held_out)
     ]
+    rows[0] = rows[0].select([0, 1, 2, 2])
     assert describe_repeats(*rows).splitlines() == [
         "  1 of 3 training rows stand there before",
         "  1 of 2 evaluation rows open with what training asks",
@@ -72,7 +74,7 @@ def test_command_reports_and_refuses(tiny: Path, tmp_path: Path):
     train, held_out = (int(n) for n in re.findall(r"(\d+) rows, ", done.stdout))
     assert train + held_out == 40 and 2 <= held_out < 12 and "[[ He is.<|eos|>]]" in done.stdout
     done = check(tiny, "sft", data, "--max_length", "64")
-    assert done.returncode == 2 and "[cut off:" not in done.stderr
+    assert done.returncode == 2 and "[cut off:" not in done.stdout
     assert f" of {train} rows are longer" in done.stderr and "faq.jsonl, row " in done.stderr
     assert "Traceback" not in done.stderr
     done = check(tiny, "sft", data, "--stage", "rlhf")
