@@ -20,7 +20,7 @@ from trl import RewardConfig, SFTConfig
 
 from common.artifacts import require_parent
 from common.config import parse_config, run
-from common.data import opening
+from common.data import load_ranked, opening
 from common.errors import UserError
 from common.lengths import LengthReport, measure_lengths
 from common.rows import Messages
@@ -78,7 +78,7 @@ def _rows(task: Task, stage: str, config: CheckConfig, part: str) -> Dataset:
     folder = config.folder(config.output_dir)
     collected = folder / f"{split}.jsonl"
     if collected.exists() and not open_rankings(config, task, folder).replaces:
-        return Dataset.from_json(str(collected))
+        return load_ranked(collected)
     if config.labeller_is_model or config.labeller == BY_PEOPLE:
         raise UserError(
             f"labeller ({config.labeller}) has ranked nothing in {folder}: run `make rankings`"

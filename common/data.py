@@ -38,6 +38,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
     },
     "prompt": {"prompt": _MESSAGES},
 }
+_RANKED = _FEATURES["preference"] | {"flipped": Value("bool"), "where": Value("string")}
 
 _CODE = (__file__, rows.__file__, readers.__file__)  # what makes a cached Arrow file stale
 
@@ -214,6 +215,23 @@ def _find_faults(convert: Callable[[list[str]], Iterator[Any]]) -> list[str]:
     for _ in convert(faults):
         pass
     return faults
+
+
+def load_ranked(path: Path) -> Dataset:
+    """Pairs as the reward stage keeps them, a line of JSON each, memory-mapped.
+
+    `Dataset.from_json` guesses types: of answers that are all dates it makes points in time.
+    """
+
+    def pairs() -> Iterator[dict[str, Any]]:
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+    return Dataset.from_generator(
+        pairs,
+        features=Features({name: _RANKED[name] for name in next(pairs())}),
+        fingerprint=dataset_fingerprint(path)[:32],
+    )
 
 
 def load_from_hub(source: str, split: str, **options: Any) -> Any:

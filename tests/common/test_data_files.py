@@ -16,10 +16,11 @@ import pytest
 from datasets import Dataset
 
 from common import readers
-from common.data import _NAMED, dataset_fingerprint, holdout, load_rows, opening
+from common.data import _NAMED, dataset_fingerprint, holdout, load_ranked, load_rows, opening
 from common.errors import UserError
 from common.lengths import measure_lengths
 from common.tokenizer import train_characters
+from reward.collect import write_rows
 from tests.chats import UA, say, write_and_load
 
 
@@ -186,6 +187,15 @@ def test_conversations_that_open_alike_are_held_out_together():
     opened = [Counter(opening(row) for row in part) for part in parts]
     assert not opened[0].keys() & opened[1].keys()
     assert {*opened[0].values(), *opened[1].values()} == {3}
+
+
+def test_rankings_come_back_as_they_were_written(tmp_path):
+    """Broken once: answers that were all dates came back as datetimes."""
+    said = {side: say(f"a: 2020-01-0{n}") for n, side in enumerate(("chosen", "rejected"), 1)}
+    row = {"prompt": say("u: 2020"), **said, "kind": "1", "flipped": False, "where": "2020-01-01"}
+    for rows in ([row, row], [row | {"margin": 1.0}]):
+        write_rows(tmp_path / "dev.jsonl", rows)
+        assert load_ranked(tmp_path / "dev.jsonl").to_list() == rows
 
 
 def test_fingerprints(tmp_path):
