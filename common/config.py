@@ -96,15 +96,20 @@ def _explain(error: ValueError, dataclass_types: tuple[type, ...]) -> str:
 
 
 def require(config: Any, least: float, *names: str, most: float = math.inf) -> None:
-    """Refuse fields of a configuration that are below `least` or above `most`.
+    """Refuse fields of a configuration that are no numbers, below `least` or above `most`.
 
     Raises:
         UserError: names the field, its value and the bounds.
     """
     bounds = f"{least:g} or more" if most == math.inf else f"between {least:g} and {most:g}"
+    counts = {field.name for field in dataclasses.fields(config) if field.type in (int, "int")}
     for name in names:
-        if not least <= getattr(config, name) <= most:
-            raise UserError(f"{name} ({getattr(config, name)}) must be {bounds}")
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int if name in counts else int | float):
+            kind = "a whole number" if name in counts else "a number"
+            raise UserError(f"{name} ({value}) must be {kind}, {bounds}")
+        if not least <= value <= most:
+            raise UserError(f"{name} ({value}) must be {bounds}")
 
 
 def check_training(args: TrainingArguments) -> None:

@@ -69,9 +69,20 @@ def _source(entry: object, where: str) -> Source:
     if not isinstance(entry["path"], str):
         raise UserError(f'{where}: "path" is {entry["path"]!r}; expected text')
     weight = entry.get("weight", 1.0)
-    if not isinstance(weight, int | float) or not weight > 0:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
         raise UserError(f'{where}: "weight" is {weight!r}; expected a number above 0')
+    if not isinstance(entry.get("split", "train"), str):
+        raise UserError(f'{where}: "split" is {entry["split"]!r}; expected text')
+    if entry.get("columns") is not None and not is_mapping(entry["columns"]):
+        raise UserError(f'{where}: "columns" is {entry["columns"]!r}; expected {{ours: theirs}}')
     return Source(**entry)
+
+
+def is_mapping(columns: object) -> bool:
+    """Whether `columns` says of our fields what the source calls them."""
+    return isinstance(columns, dict) and all(
+        isinstance(name, str) for pair in columns.items() for name in pair
+    )
 
 
 def load_mixed(

@@ -23,7 +23,7 @@ from common.artifacts import StageOutput, hash_model, require_apart, require_par
 from common.config import config_values, require
 from common.device import has_bf16
 from common.errors import UserError
-from common.tasks import HELD_OUT_SHARE, Task, load_task
+from common.tasks import HELD_OUT_SHARE, Task, load_task, require_data
 
 # TRL's defaults are for large models on GPUs; these are for any size on anything.
 TRAINER_DEFAULTS = {
@@ -78,11 +78,13 @@ class DataConfig:
         Raises:
             UserError: names the field, what it is and what it must be.
         """
+        require_data(self.data, self.columns)
         if self.data.startswith("set "):
             raise UserError("no data given: make ... DATA=path, or --data path")
         if self.evaluate_on not in SPLITS:
             raise UserError(f"evaluate_on ({self.evaluate_on}) must be one of {', '.join(SPLITS)}")
         require(self, 0, "skip_faulty_rows")
+        require(self, 0, "validation_fraction", most=1)
         require(self, 1, "max_new_tokens")
 
 

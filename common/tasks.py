@@ -16,7 +16,7 @@ from common.arden.task import ArdenTask
 from common.arden.world import PEOPLE
 from common.data import dataset_fingerprint, holdout, load_rows
 from common.errors import UserError
-from common.mixture import Source, load_mixed, read_mixture, weigh
+from common.mixture import Source, is_mapping, load_mixed, read_mixture, weigh
 
 Answer = Callable[[list[str]], list[str]]
 Sample = Callable[[list[str]], list[list[str]]]
@@ -80,6 +80,7 @@ def load_task(
         options: `plays`, `columns`, `validation_fraction`, `skip_faulty_rows`, `keep` (columns that
             prompts carry along), of which each kind takes its own.
     """
+    require_data(data, options.get("columns"))
     keep = options.get("keep", ())
     if keep and (data in ("arden", "shakespeare") or options.get("plays")):
         raise UserError(f"keep_columns ({', '.join(keep)}): {data} has none, they are of own rows")
@@ -97,6 +98,24 @@ def load_task(
         sources = [Source(data, columns=options.get("columns"))]
     share = options.get("validation_fraction", HELD_OUT_SHARE)
     return FileTask(sources, share, options.get("skip_faulty_rows", 0), keep)
+
+
+def require_data(data: Any, columns: Any) -> None:
+    """Refuse what YAML may hold and is no name, or no mapping of columns.
+
+    Raises:
+        UserError: says which, and what stands for several sources.
+    """
+    if not isinstance(data, str):
+        raise UserError(
+            f"data ({data!r}) must be one file, folder or name; several are listed in a file of "
+            "their own, data: mix.yaml, with a line `- {path: a.jsonl}` each"
+        )
+    if columns is not None and not is_mapping(columns):
+        raise UserError(
+            f"columns ({columns!r}) must map our field to the data's column, e.g. "
+            "{prompt: question}"
+        )
 
 
 class PlaysTask:

@@ -121,6 +121,38 @@ def test_values_out_of_bounds(stage: str, flags: str, message: str) -> None:
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("stage", "line", "message"),
+    [
+        (
+            "sft",
+            "data: [a.jsonl, b.jsonl]",
+            "data (['a.jsonl', 'b.jsonl']) must be one file, folder or name; several are listed in "
+            "a file of their own, data: mix.yaml, with a line `- {path: a.jsonl}` each",
+        ),
+        ("sft", "data: {path: a.jsonl}", "data ({'path': 'a.jsonl'}) must be one file, folder or"),
+        ("sft", "data:", "data (None) must be one file, folder or name"),
+        ("sft", "columns: [prompt]", "columns (['prompt']) must map our field to the data's"),
+        ("sft", "columns: {prompt: 5}", "columns ({'prompt': 5}) must map our field"),
+        ("sft", "max_lost_share:", "max_lost_share (None) must be a number, between 0 and 1"),
+        ("sft", "validation_fraction:", "validation_fraction (None) must be a number"),
+        ("sft", "lora_r: 8.5", "lora_r (8.5) must be a whole number, 0 or more"),
+        ("sft", "lora_r: true", "lora_r (True) must be a whole number, 0 or more"),
+        ("reward", "prompts:", "prompts (None) must be a whole number, 1 or more"),
+    ],
+)
+def test_values_of_a_wrong_type(tmp_path: Path, stage: str, line: str, message: str) -> None:
+    """Each ended with a traceback once, or was accepted: YAML says what type it likes."""
+    field = line.split(":")[0]
+    lines = (CONFIGS / "arden" / f"{stage}.yaml").read_text().splitlines()
+    kept = [other for other in lines if other.split(":")[0] != field]
+    file = tmp_path / f"{stage}.yaml"
+    file.write_text("\n".join([*kept, line]))
+    with pytest.raises(UserError) as error:
+        parse_config(*STAGES[stage], defaults=TRAINER_DEFAULTS, args=["--config", str(file)])
+    assert str(error.value).startswith(message)
+
+
 def test_no_data_given() -> None:
     """Broken once: the YAML's `set DATA=path` was looked for on the Hub."""
     args = ["--config", str(CONFIGS / "own" / "sft.yaml")]

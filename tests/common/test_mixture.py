@@ -112,6 +112,10 @@ def test_fingerprint_of_a_file_at_home(tmp_path: Path, monkeypatch: pytest.Monke
         ("- {path: 5}", 'entry 1: "path" is 5; expected text'),
         ("- {path: a, weight: 0}", 'entry 1: "weight" is 0; expected a number above 0'),
         ("- {path: a, weight: x}", "entry 1: \"weight\" is 'x'; expected a number above 0"),
+        ("- {path: a, weight: true}", 'entry 1: "weight" is True; expected a number above 0'),
+        ("- {path: a, split: 5}", 'entry 1: "split" is 5; expected text'),
+        ("- {path: a, columns: [q]}", "entry 1: \"columns\" is ['q']; expected {ours: theirs}"),
+        ("- {path: a, columns: {text: 5}}", "entry 1: \"columns\" is {'text': 5}; expected {ours"),
     ],
 )
 def test_faults(tmp_path: Path, text: str, message: str) -> None:
