@@ -61,8 +61,8 @@ def load_rows(
     """Load, check and convert every row of `source`.
 
     Args:
-        source: a file (.txt .json .jsonl .csv .parquet, also .gz), a folder of such files, or a
-            name on the Hub: `owner/name`, with `:config` where the data set has several.
+        source: a file (.txt .json .jsonl .csv, also .gz, or .parquet), a folder of such files, or
+            a name on the Hub: `owner/name`, with `:config` where the data set has several.
         format: "text", "messages", "preference" or "prompt".
         split: of a Hub data set, or of a folder with files named after splits (train.jsonl).
         columns: our field -> their column; not needed for the shapes in `common.rows`.

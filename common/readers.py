@@ -1,6 +1,7 @@
 """Local files and folders as numbered rows, one at a time, whatever they are written in.
 
-.txt .json .jsonl .csv .parquet, each also as .gz. Numbers count from 1; in .jsonl they are lines.
+.txt .json .jsonl .csv, each also as .gz, and .parquet. Numbers count from 1; in .jsonl they are
+lines.
 Only a .json file that is one array is read whole.
 """
 
@@ -33,16 +34,21 @@ def local_files(source: str, split: str) -> list[Path] | None:
     """
     path = Path(source).expanduser()
     if source and path.is_dir():
-        return _files_of_folder(path, split)
-    if path.is_file():
+        files = _files_of_folder(path, split)
+    elif path.is_file():
         if _suffix(path) not in _READERS:
             raise UserError(f"{source}: cannot read {path.suffix or 'this'}; use {_known()}")
         if split != "train":
             raise UserError(f'{source}: one file has no split "{split}"; give that split\'s file')
-        return [path]
-    if _suffix(path) in _READERS or source[:1] in ("/", ".", "~", "") or source.count("/") > 1:
+        files = [path]
+    elif _suffix(path) in _READERS or source[:1] in ("/", ".", "~", "") or source.count("/") > 1:
         raise UserError(f"{source}: no such file or folder; check the path")
-    return None
+    else:
+        return None
+    for file in files:
+        if _suffix(file) == ".parquet" and file.suffix == ".gz":
+            raise UserError(f"{file}: parquet is not read from .gz; run `gunzip {file}`")
+    return files
 
 
 def _files_of_folder(folder: Path, split: str) -> list[Path]:
@@ -71,7 +77,7 @@ def _suffix(path: Path) -> str:
 
 
 def _known() -> str:
-    return " ".join(_READERS) + " (or those with .gz)"
+    return " ".join(_READERS) + " (or those but .parquet with .gz)"
 
 
 def read_rows(path: Path) -> NumberedRows:

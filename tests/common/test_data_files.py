@@ -81,6 +81,7 @@ def test_every_kind_of_file(tmp_path, load):
         ("a.csv", b'text\n"x', "cannot be read (unexpected end of data)"),
         ("a.csv", b"text\n", "no rows in it"),
         ("a.parquet", b"PAR0", "cannot be read ("),
+        ("a.parquet.gz", gzip.compress(b"PAR1"), "parquet is not read from .gz; run `gunzip "),
         ("a.txt", b"\xff\xfe", "not UTF-8 (invalid start byte)"),
         ("a.txt", b" \n", "no rows in it, or only empty ones"),
         ("a.txt.gz", b"plain", "cannot be read (Not a gzipped file"),
