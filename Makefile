@@ -6,7 +6,7 @@
 #   make pretrain | sft | reward | rlhf [PROFILE=arden|shakespeare|own|web] [DATA=path] [ARGS="--seed 1"]
 #                   [ACCELERATE=ddp PROCESSES=8]   on several GPUs
 #   make rlhf METHOD=ppo|rloo|grpo|dpo   by another method, into out/<profile>/rlhf_<method>
-#   make chat [STAGE=sft]
+#   make chat [STAGE=sft] [ARGS="--temperature 1"]
 #   make rlhf_judge   PPO on Arden with the known truth as reward, beside out/arden/rlhf
 #   make arden-report [FOLDERS="out/arden out/arden-1"]   the alignment story in one table
 #   make seeds SEEDS="0 1 2"   all of Arden from each seed, into out/arden, out/arden-1, ..., one table
@@ -100,7 +100,7 @@ bench-decoding: setup
 	$(BIN)/python -m rlhf.bench.decoding $(ARGS)
 
 chat: setup
-	$(BIN)/python -m common.chat $(FOLDER) $(if $(STAGE),--stage $(STAGE))
+	$(BIN)/python -m common.chat $(FOLDER) $(if $(STAGE),--stage $(STAGE)) $(ARGS)
 
 check-data: setup
 	$(BIN)/python -m common.check_data --config $(CONFIG) $(if $(DATA),--data $(DATA)) $(ARGS)

@@ -2,6 +2,7 @@
 
 make chat               the newest of the profile's stages
 make chat STAGE=sft     another
+make chat ARGS="--temperature 1"    draw answers, as all are drawn that are measured or trained on
 python -m common.chat out/arden --stage sft
 """
 
@@ -16,6 +17,7 @@ from common.artifacts import make_variable
 from common.batches import render
 from common.config import run
 from common.errors import UserError
+from common.generation import plain_sampling, sampling_options
 from common.tokenizer import load_tokenizer
 
 TALKING = ("rlhf", "sft", "pretrain")  # the reward model only scores
@@ -36,6 +38,7 @@ def main() -> None:
         )
     path = find_model(args.profile, args.stage)
     model = AutoModelForCausalLM.from_pretrained(path).eval()
+    model.generation_config = plain_sampling(model.generation_config)
     tokenizer = load_tokenizer(path)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     print(f"{path}: ask away; an empty line or Ctrl-D ends it")
@@ -46,9 +49,7 @@ def main() -> None:
             model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=args.max_new_tokens,
-                do_sample=args.temperature > 0,
-                temperature=args.temperature or None,
+                **sampling_options(tokenizer, args.max_new_tokens, args.temperature),
                 streamer=streamer,
             )
 

@@ -31,6 +31,20 @@ def plain_sampling(theirs: GenerationConfig) -> GenerationConfig:
     return GenerationConfig(**{name: getattr(theirs, name) for name in ends})
 
 
+def sampling_options(
+    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
+) -> dict[str, Any]:
+    """What `generate` is told of an answer, beside `plain_sampling`; greedy at temperature 0."""
+    return {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": temperature > 0,
+        "temperature": temperature or None,
+        "top_k": 0 if temperature > 0 else None,  # unsaid it is 50
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
@@ -64,12 +78,7 @@ def generate_answers(
             output = sampler.generate(
                 ids.repeat_interleave(samples, 0),
                 attention_mask=mask.repeat_interleave(samples, 0),
-                max_new_tokens=max_new_tokens,
-                do_sample=temperature > 0,
-                temperature=temperature or None,
-                top_k=0 if temperature > 0 else None,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                **sampling_options(tokenizer, max_new_tokens, temperature),
                 custom_generate=sample_unended,
             )
             texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
