@@ -4,19 +4,25 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.batches import Chat, by_length, pad, render
+from common.reward_gpt import LogprobHead
 
 LOGIT_TOKENS = 1 << 14  # a row of logits for each of them: 3 GB in float32 at 50,000 tokens
+LOGITS = 50_000 * LOGIT_TOKENS  # of a batch, whatever the vocabulary
 
 
 @torch.no_grad()
 def score_chats(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Chat]
 ) -> list[float]:
-    """The reward model's score of each conversation, read at its last token."""
+    """The reward model's score of each conversation, read at its last token.
+
+    One that reads its own log-probabilities has logits of every token of an answer.
+    """
     rows = render(tokenizer, chats)
     scores = [0.0] * len(rows)
+    most = LOGITS // model.config.vocab_size if isinstance(model, LogprobHead) else None
     model.eval()
-    for places in by_length(rows):
+    for places in by_length(rows, max_tokens=most):
         chosen = [rows[place] for place in places]
         ids, mask = pad(chosen, int(tokenizer.pad_token_id), "right", model.device)
         logits = model(ids, attention_mask=mask).logits  # (B, 1)

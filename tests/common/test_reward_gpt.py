@@ -53,6 +53,17 @@ def test_score_is_the_plain_score_and_the_answer_logprobs(parent: Path) -> None:
     assert max(likely) < -1  # else the second feature would not show
 
 
+def test_logits_of_a_batch_are_bounded(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken once: 256 conversations at a time, however many tokens they have."""
+    model, tokenizer = load(parent, bias=0.5)
+    whole, widths = score_chats(model, tokenizer, CHATS * 4), []
+    most = 2 * max(len(row) for row in render(tokenizer, CHATS))
+    monkeypatch.setattr("common.scoring.LOGITS", most * model.config.vocab_size)
+    model.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].numel()))
+    assert score_chats(model, tokenizer, CHATS * 4) == pytest.approx(whole, abs=1e-4)
+    assert len(widths) > 2 and max(widths) <= most
+
+
 def test_padding_on_either_side_changes_no_score(parent: Path) -> None:
     """Seen to fail with the last column taken for the last token."""
     model, tokenizer = load(parent, bias=0.5)
