@@ -26,10 +26,11 @@ from common.lengths import LengthReport, measure_lengths
 from common.rows import Messages
 from common.stage import open_task
 from common.tasks import Task
-from common.tokenizer import load_tokenizer
+from common.tokenizer import load_tokenizer, require_own_tokens
 from reward.collect import label, open_rankings
 from reward.config import BY_PEOPLE, RankingConfig, RewardModelConfig
 from sft.__main__ import FineTuneConfig
+from sft.template import check_template, read_template
 
 STAGES = ("sft", "reward")
 
@@ -41,6 +42,12 @@ class CheckConfig(RankingConfig):
     output_dir: str = field(default="", metadata={"help": "the stage's; holds its rankings"})
     stage: str = field(default="", metadata={"help": "sft or reward; default: the file's name"})
     max_length: int | None = field(default=1024, metadata={"help": "longest sequence, tokens"})
+    assistant_only_loss: bool = field(
+        default=True, metadata={"help": "of fine-tuning: on the assistant's tokens alone"}
+    )
+    chat_template_path: str | None = field(default=None, metadata={"help": "of fine-tuning"})
+    eos_token: str | None = field(default=None, metadata={"help": "no other than the tokenizer's"})
+    pad_token: str | None = field(default=None, metadata={"help": "no other than the tokenizer's"})
 
 
 def main() -> None:
@@ -51,6 +58,13 @@ def main() -> None:
     if stage not in STAGES:
         raise UserError(f"stage ({stage}) must be one of {', '.join(STAGES)}: give --stage")
     tokenizer = load_tokenizer(require_parent(config.model_name_or_path, config.parent_command))
+    require_own_tokens(tokenizer, eos_token=config.eos_token, pad_token=config.pad_token)
+    if config.chat_template_path is not None:
+        if stage != "sft":
+            raise UserError(f"chat_template_path ({config.chat_template_path}) is for fine-tuning")
+        tokenizer.chat_template = read_template(config.chat_template_path)
+    if stage == "sft":
+        check_template(tokenizer)
     task = open_task(config)
     train, held_out = (_rows(task, stage, config, part) for part in ("train", "evaluation"))
     parts = {"training": train, "evaluation": held_out}
@@ -59,9 +73,10 @@ def main() -> None:
     }
     print(f"{stage}: {config.data}, as the tokenizer of {config.model_name_or_path} reads it\n")
     for name in parts:
-        print(f"{name}\n{describe_lengths(reports[name], stage)}\n")
+        print(f"{name}\n{describe_lengths(reports[name], stage, config.assistant_only_loss)}\n")
     print(f"repeated\n{describe_repeats(train, held_out)}\n")
-    print(f"one row, as the model reads it\n{show_row(train[0], tokenizer, config.max_length)}\n")
+    shown = show_row(train[0], tokenizer, config.max_length, config.assistant_only_loss)
+    print(f"one row, as the model reads it\n{shown}\n")
     for report in reports.values():
         report.require_learnable(config.model_name_or_path, config.max_lost_share)
 
@@ -87,7 +102,7 @@ def _rows(task: Task, stage: str, config: CheckConfig, part: str) -> Dataset:
     return label(config, task, lambda asked: [[] for _ in asked], split, count, torch.device("cpu"))
 
 
-def describe_lengths(report: LengthReport, stage: str) -> str:
+def describe_lengths(report: LengthReport, stage: str, assistant_only_loss: bool) -> str:
     """Counts, a histogram, and what is lost and why, in words."""
     lines = [f"  {report}", *(f"  {line}" for line in report.histogram().splitlines())]
     if report.truncated:
@@ -95,9 +110,10 @@ def describe_lengths(report: LengthReport, stage: str) -> str:
         if stage == "reward":
             lines.append(f"  dropped: {report.truncated:,} pairs with an answer that does not fit")
         else:
-            cut = report.truncated - report.unanswered
+            dropped = report.unanswered if assistant_only_loss else 0
+            cut = report.truncated - dropped
             lines.append(f"  cut: {cut:,} rows, which lose their end, <eos> included")
-            lines.append(f"  dropped: {report.unanswered:,} rows, all of whose answer is cut off")
+            lines.append(f"  dropped: {dropped:,} rows, all of whose answer is cut off")
     return "\n".join(lines)
 
 
@@ -133,11 +149,14 @@ def _place(rows: Dataset, index: int) -> str:
 
 
 def show_row(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, max_length: int | None
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int | None,
+    assistant_only_loss: bool = True,
 ) -> str:
     """Fine-tuning's row with the learned tokens in [[ ]]; a pair as its two conversations."""
     if "messages" in row:
-        return f"  {show_mask(row['messages'], tokenizer, max_length)}"
+        return f"  {show_mask(row['messages'], tokenizer, max_length, assistant_only_loss)}"
     shown = []
     for side in ("chosen", "rejected"):
         text = tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False)
@@ -146,7 +165,10 @@ def show_row(
 
 
 def show_mask(
-    messages: Messages, tokenizer: PreTrainedTokenizerFast, max_length: int | None
+    messages: Messages,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int | None,
+    assistant_only_loss: bool = True,
 ) -> str:
     """The conversation by the chat template: [[learned]] tokens, others bare, [cut off: ...].
 
@@ -156,7 +178,8 @@ def show_mask(
     encoded: Any = tokenizer.apply_chat_template(
         messages, return_assistant_tokens_mask=True, return_dict=True
     )
-    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    ids = encoded["input_ids"]
+    mask = encoded["assistant_masks"] if assistant_only_loss else [1] * len(ids)
     limit = len(ids) if max_length is None else max_length
     shown, start = "", 0
     for end in range(1, len(ids[:limit]) + 1):

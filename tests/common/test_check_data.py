@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from common.check_data import describe_repeats, show_mask, show_row
+from common.check_data import describe_repeats, main, show_mask, show_row
+from common.config import as_flags
+from common.errors import UserError
 from common.tokenizer import train_characters
 from tests.chats import say
+from tests.sft.test_template import OWN
 from tests.toy import save_toy
 
+BARE = OWN.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -79,6 +83,49 @@ def test_command_reports_and_refuses(tiny: Path, tmp_path: Path):
     assert "Traceback" not in done.stderr
     done = check(tiny, "sft", data, "--stage", "rlhf")
     assert done.returncode == 2 and "stage (rlhf) must be one of sft, reward" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "field", "value", "shown"),
+    [
+        (
+            "sft",
+            "assistant_only_loss",
+            "false",
+            "[[<|bos|><|user|> So?\n\n<|assistant|> And.<|eos|>]]",
+        ),
+        ("sft", "chat_template_path", OWN, "<|bos|><|user|>So?<|eos|><|assistant|>[[And.<|eos|>]]"),
+        ("sft", "chat_template_path", BARE, "the chat template has no generation marks"),
+        ("sft", "eos_token", "<|user|>", "eos_token (<|user|>) is not the tokenizer's own"),
+        ("reward", "pad_token", "x", "pad_token (x) is not the tokenizer's own"),
+        ("reward", "chat_template_path", OWN, "is for fine-tuning"),
+    ],
+)
+def test_reads_as_the_stage_of_these_fields(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    field: str,
+    value: str,
+    shown: str,
+) -> None:
+    """Broken once: all were passed over, and fine-tuning's template was not checked."""
+    data, template = tmp_path / "rows.jsonl", tmp_path / "template.jinja"
+    rows = [{"prompt": "And?", "completion": "So."}, {"prompt": "So?", "completion": "And."}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template.write_text(value)
+    fields = {"data": data, "model_name_or_path": tiny}
+    fields[field] = template if field == "chat_template_path" else value
+    flags = ["--config", f"configs/own/{stage}.yaml", *as_flags(fields)]
+    monkeypatch.setattr(sys, "argv", ["check_data", *flags])
+    if shown.startswith(("<", "[")):
+        main()
+        assert f"\n  {shown}\n" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match=re.escape(shown)):
+            main()
 
 
 @pytest.mark.parametrize(
