@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
@@ -79,14 +79,20 @@ class FineTuneConfig(LabelledDataConfig):
                 f"({self.ptx_windows}) not below 1"
             )
 
-    def lora(self) -> LoraConfig | None:
-        """For the trainer; None trains all weights."""
+    def lora(self, base: PreTrainedModel) -> LoraConfig | None:
+        """For the trainer; None trains all weights.
+
+        A head that is not the embedding's table learns whole: the tokens that a base never read are
+        alike in it, so that frozen it could not tell an answer's end from a role.
+        """
         if not self.lora_r:
             return None
+        head, tied = base.get_output_embeddings(), base.config.tie_word_embeddings
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             target_modules="all-linear",
+            modules_to_save=[n for n, m in base.named_modules() if m is head and not tied] or None,
             task_type="CAUSAL_LM",
         )
 
@@ -134,7 +140,7 @@ def main() -> None:
             train_dataset=data.select_columns(["messages"]),
             eval_dataset=held_out.select_columns(["messages"]),
             processing_class=tokenizer,
-            peft_config=config.lora(),
+            peft_config=config.lora(base),
             callbacks=[MetricsFile(stage.output.path / "metrics.jsonl"), *callbacks],
         )
     with args.main_process_first():

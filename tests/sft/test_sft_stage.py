@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from common.config import as_flags
 from common.errors import UserError
-from common.tokenizer import load_tokenizer
+from common.tokenizer import ROLE_TOKENS, load_tokenizer
 from sft.__main__ import main
 from tests.sft.test_template import OWN
 from tests.toy import save_toy
@@ -90,3 +93,20 @@ def test_questions_without_room_for_an_answer_are_no_samples(run: Callable[..., 
     assert "How many are" in (run() / "samples.md").read_text()
     samples = (run(max_new_tokens=2040, overwrite="true") / "samples.md").read_text()
     assert samples.startswith("# Answers") and "How many are" not in samples
+
+
+def test_lora_can_tell_an_end_from_a_role(
+    run: Callable[..., Path], toy: Path, tmp_path: Path
+) -> None:
+    """In a head of its own, whose rows are alike for what the base never read. Broken once: it was
+    frozen, and an answer's end as likely as each of the other twenty tokens."""
+    base: Any = AutoModelForCausalLM.from_pretrained(toy, tie_word_embeddings=False)
+    base.lm_head.weight = nn.Parameter(torch.zeros_like(base.lm_head.weight))
+    base.save_pretrained(tmp_path / "base")
+    load_tokenizer(toy).save_pretrained(tmp_path / "base")
+    fields = {"model_name_or_path": tmp_path / "base", "lora_r": 4, "warmup_steps": 0}
+    tuned: Any = AutoModelForCausalLM.from_pretrained(run(**fields))
+    tokenizer = load_tokenizer(toy)
+    roles = tokenizer.convert_tokens_to_ids(list(ROLE_TOKENS))
+    rows = tuned.lm_head.weight
+    assert not rows[tokenizer.eos_token_id].equal(rows[roles[0]])
