@@ -29,6 +29,7 @@ from common.arden.task import ArdenTask
 from common.artifacts import MetricsFile, require_parent, require_same_tokenizer, write_text
 from common.batches import render
 from common.config import parse_config, refusing, run
+from common.data import load_ranked
 from common.errors import UserError
 from common.lengths import LengthReport, measure_lengths
 from common.reward_gpt import logprob_scorer
@@ -43,7 +44,7 @@ from common.stage import (
     train_or_resume,
 )
 from common.tokenizer import load_tokenizer, require_own_tokens
-from reward.collect import EVALUATED_ON, collect, hash_labeller, read_rows
+from reward.collect import EVALUATED_ON, collect, hash_labeller
 from reward.config import BY_DATA, RewardModelConfig
 from reward.figures import (
     accuracy_figures,
@@ -162,8 +163,8 @@ def build_scorer(
 
 
 def read_pairs(folder: Path, split: str) -> Dataset:
-    """The ranked pairs of a split; datasets' own reader takes a text like 2020-01-01 for a time."""
-    return Dataset.from_list(read_rows(folder / f"{split}.jsonl"))
+    """The ranked pairs of a split."""
+    return load_ranked(folder / f"{split}.jsonl")
 
 
 def learned(pairs: Dataset, margins: float) -> Dataset:
