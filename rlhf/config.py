@@ -175,9 +175,7 @@ class PPOConfig(RLOOConfig):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} ({getattr(self, name)}) must be above 0")
         if not (self.max_completion_length or 0) > 0:
-            raise UserError(
-                f"max_completion_length ({self.max_completion_length}) must be a number above 0"
-            )
+            raise UserError(f"max_completion_length ({self.max_completion_length}) must be above 0")
         if self.beta < 0:
             raise UserError(f"beta ({self.beta:g}) must not be below 0: it would pay for distance")
         require(self, 0, "vf_coef", "clip_range_value", "missing_eos_penalty")
