@@ -10,7 +10,7 @@ import pytest
 
 from common.config import as_flags
 from common.errors import UserError
-from reward.__main__ import main, read_pairs
+from reward.__main__ import main
 from tests.toy import save_toy
 
 PAIRS = [
@@ -90,20 +90,3 @@ def test_a_finished_run_stays_where_its_successor_is_refused(
     run(write(tmp_path / "new.jsonl", PAIRS), overwrite="true")
     assert (folder / "model.safetensors").read_bytes() != b"weights"
     assert not (folder / "replaced").exists()
-
-
-def test_answers_stay_text(tmp_path: Path) -> None:
-    """Broken once: dates came back as times, and the chat template failed at them."""
-    said = [{"role": "assistant", "content": f"2021-01-{n:02d}"} for n in range(1, 9)]
-    rows = [{"prompt": PAIRS[0]["prompt"], "chosen": [one], "rejected": [one]} for one in said]
-    write(tmp_path / "train.jsonl", rows)
-    assert list(read_pairs(tmp_path, "train")) == rows
-
-
-def test_a_diverged_model_is_a_no_go(run: Callable[..., Any], tmp_path: Path) -> None:
-    """Broken once: a ValueError, and nothing was left but a checkpoint."""
-    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
-    figures = run(pairs, learning_rate=1e30, warmup_steps=0, weight_decay=1)
-    assert figures["go"] is False and "are not numbers" in figures["no_go_reasons"][0]
-    report = (tmp_path / "reward" / "report.md").read_text()
-    assert report.startswith("# Reward model: no-go") and "are not numbers" in report
