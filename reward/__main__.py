@@ -83,7 +83,7 @@ def main() -> None:
     stops_by = [EVALUATED_ON] if args.eval_strategy != "no" else []
     pairs: dict[str, Dataset] = {}
     for split in dict.fromkeys(["train", config.evaluate_on, *stops_by]):
-        rows = read_pairs(folder, split)
+        rows = load_ranked(folder / f"{split}.jsonl")
         lengths = measure_lengths(rows, tokenizer, args.max_length)
         if args.process_index == 0:
             print(f"reward, {split}: {lengths}")
@@ -160,11 +160,6 @@ def build_scorer(
     return AutoModelForSequenceClassification.from_pretrained(
         parent, num_labels=1, dtype=torch.float32
     )
-
-
-def read_pairs(folder: Path, split: str) -> Dataset:
-    """The ranked pairs of a split."""
-    return load_ranked(folder / f"{split}.jsonl")
 
 
 def learned(pairs: Dataset, margins: float) -> Dataset:
