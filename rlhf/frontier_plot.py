@@ -26,7 +26,7 @@ PANELS = {
 
 def plot_frontier(rows: list[dict[str, Any]]) -> str:
     """SVG; a small dot a run, a line through the means over seeds of a method's coefficients."""
-    right = max([row["kl"] for row in rows], default=0) * 1.08 or 1.0
+    right = max([row["kl"] for row in rows], default=0) * 1.2 or 1.0
     parts = []
     for place, (figure, title) in enumerate(PANELS.items()):
         values = [row[figure] for row in rows] or [0.0]
