@@ -1,8 +1,7 @@
 """Local files and folders as numbered rows, one at a time, whatever they are written in.
 
 .txt .json .jsonl .csv, each also as .gz, and .parquet. Numbers count from 1; in .jsonl they are
-lines.
-Only a .json file that is one array is read whole.
+lines. Only a .json file that is one array is read whole.
 """
 
 import csv
