@@ -23,8 +23,6 @@ from common.report import show_columns
 from common.stage import run_stage
 from reward.config import BY_DATA
 
-RANKED_BY_DATA = ("arden", "shakespeare")  # what labels any answers by itself
-
 
 @dataclass
 class RoundsConfig:
@@ -50,7 +48,8 @@ def main() -> None:
         require_parent(str(first / stage), f"make all {make_variable(first)}")
     for stage in ("reward", "rlhf"):
         on = yaml.safe_load((first / stage / "config.yaml").read_text(encoding="utf-8"))
-        if stage == "reward" and on["labeller"] == BY_DATA and on["data"] not in RANKED_BY_DATA:
+        given = on["data"] != "arden" and not on["plays"]
+        if stage == "reward" and on["labeller"] == BY_DATA and given:
             raise UserError(
                 f"{first / stage} learned from rankings that were given ({on['data']}): nobody "
                 f"ranks new answers. Have them ranked: make rankings {make_variable(first)}, with "

@@ -63,13 +63,15 @@ def test_rounds(
         write_json(Path("out/arden") / stage / "config.json", {})
         write_json(Path("out/arden") / stage / "summary.json", {"gold": 0.0})
         settings = {"evaluate_on": "dev", "data": "own.jsonl", "labeller": "data"}
+        settings["plays"] = False
         write_json(Path("out/arden") / stage / "config.yaml", settings)
     with pytest.raises(UserError, match=r"given \(own.jsonl\): nobody ranks new answers. Have th"):
         rounds.main()
+    for ranked_by_itself in ({"data": "play.txt", "plays": True}, {"data": "arden"}):
+        write_json(Path("out/arden/reward/config.yaml"), settings | ranked_by_itself)
+        with pytest.raises(UserError, match="was measured on dev, further rounds would be on test"):
+            rounds.main()
     settings["data"] = "arden"
-    write_json(Path("out/arden/reward/config.yaml"), settings)
-    with pytest.raises(UserError, match="was measured on dev, further rounds would be on test"):
-        rounds.main()
     settings["evaluate_on"] = "test"
     for stage in ("sft", "reward", "rlhf"):
         write_json(Path("out/arden") / stage / "config.yaml", settings)
