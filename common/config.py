@@ -133,8 +133,8 @@ def check_training(args: TrainingArguments) -> None:
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
-    """What a library's constructor finds wrong with its settings, as one line.
+def refusing(what: str = "") -> Iterator[None]:
+    """What a library's constructor finds wrong with its settings, as one line behind `what`.
 
     Raises:
         UserError: in place of any other ValueError.
@@ -144,7 +144,7 @@ def refusing() -> Iterator[None]:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(what + " ".join(str(error).split())) from error
 
 
 def as_flags(fields: dict[str, Any]) -> list[str]:

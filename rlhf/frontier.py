@@ -173,9 +173,10 @@ def keep_to_one_setting(folder: Path, config: FrontierConfig) -> None:
     Raises:
         UserError: the runs that are there have something else.
     """
-    models = [config.stage[name] for name in ("model_name_or_path", "reward")]
-    common = config.stage | {
-        "num_updates": config.num_updates or config.stage.get("num_updates"),
+    stage = config.stage
+    models = [stage[name] for name in ("model_name_or_path", "reward")]
+    common = stage | {
+        "num_updates": config.num_updates or stage.get("num_updates"),
         "models": {str(name): hash_model(Path(str(name))) for name in models},
     }
     noted = read_json(folder / "setting.json") or common

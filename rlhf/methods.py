@@ -25,6 +25,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 from trl.data_utils import is_conversational
 
 from common.batches import Chat
+from common.config import refusing
 from common.errors import UserError
 from rlhf.callbacks import UpdateBoundary
 from rlhf.chooser import Chooser
@@ -89,11 +90,8 @@ def trl_config(args: PPOConfig, method: str) -> Any:
     values: dict[str, Any] = {name: getattr(args, name) for name in shared}
     if args.num_generations == 1 and "num_generations" in names:
         values["num_generations"] = GENERATIONS
-    try:
+    with refusing(f"method {method}, num_generations {values.get('num_generations')}: "):
         return kind(**values)
-    except ValueError as error:
-        given = values.get("num_generations")
-        raise UserError(f"method {method}, num_generations {given}: {error}") from error
 
 
 def missing_eos(eos_token_id: int) -> Any:
