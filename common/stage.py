@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -23,6 +25,7 @@ from common.artifacts import StageOutput, hash_model, require_apart, require_par
 from common.config import config_values, require
 from common.device import has_bf16
 from common.errors import UserError
+from common.lengths import leave_room
 from common.tasks import HELD_OUT_SHARE, Task, load_task, require_data
 
 # TRL's defaults are for large models on GPUs; these are for any size on anything.
@@ -290,6 +293,15 @@ def wait_for_generators(trainer: Trainer) -> None:
         trainer.accelerator.wait_for_everyone()
 
     trainer._save_rng_state = save_and_wait  # type: ignore[method-assign]
+
+
+def questions_to_show(
+    task: Task, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, max_new_tokens: int
+) -> list[str]:
+    """The task's sample questions, those that leave the model room for an answer."""
+    questions = task.sample_questions()
+    context = model.config.max_position_embeddings
+    return [questions[i] for i in leave_room(questions, tokenizer, context, max_new_tokens)]
 
 
 def format_samples(title: str, questions: list[str], answers: list[list[str]]) -> str:

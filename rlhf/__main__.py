@@ -26,7 +26,6 @@ from common.batches import Chat
 from common.config import parse_config, run
 from common.errors import UserError
 from common.generation import draw_chats, generate_answers
-from common.lengths import leave_room
 from common.pretraining_text import PretrainingText
 from common.sharded import whole_model
 from common.stage import (
@@ -34,6 +33,7 @@ from common.stage import (
     format_samples,
     open_stage,
     print_figures,
+    questions_to_show,
     train_or_resume,
 )
 from common.token_file import TokenFile
@@ -134,10 +134,8 @@ def main() -> None:
     if config.best_of:
         summary |= measure_best_of(config.best_of, policy, score, tokenizer, stage, config)
     summary |= {"kl": after["kl"], "train_seconds": seconds}
-    questions, longest = stage.task.sample_questions(), config.max_new_tokens
-    context = policy.config.max_position_embeddings
-    questions = [questions[i] for i in leave_room(questions, tokenizer, context, longest)]
-    samples = write_samples(policy, model, tokenizer, questions, longest)
+    questions = questions_to_show(stage.task, tokenizer, policy, config.max_new_tokens)
+    samples = write_samples(policy, model, tokenizer, questions, config.max_new_tokens)
     model.generation_config = policy.generation_config  # as it came, for whoever samples it next
     stage.output.finish(model, tokenizer, summary, samples)
     print_figures("rlhf", summary)

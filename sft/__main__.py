@@ -25,7 +25,7 @@ from common.artifacts import MetricsFile, require_kind, require_parent
 from common.config import parse_config, refusing, require, run
 from common.errors import UserError
 from common.generation import generate_answers
-from common.lengths import leave_room, measure_lengths
+from common.lengths import measure_lengths
 from common.pretraining_text import PretrainingText
 from common.sharded import whole_model
 from common.stage import (
@@ -35,6 +35,7 @@ from common.stage import (
     format_samples,
     open_stage,
     print_figures,
+    questions_to_show,
     train_or_resume,
 )
 from common.token_file import TokenFile
@@ -162,10 +163,7 @@ def main() -> None:
 
     figures = stage.task.measure(answer, config.evaluate_on)
     summary = {"eval_loss": eval_loss, **figures, "train_seconds": seconds}
-    questions = stage.task.sample_questions()
-    context = model.config.max_position_embeddings
-    fitting = leave_room(questions, tokenizer, context, config.max_new_tokens)
-    questions = [questions[place] for place in fitting]
+    questions = questions_to_show(stage.task, tokenizer, model, config.max_new_tokens)
     answers = generate_answers(
         model,
         tokenizer,
