@@ -163,13 +163,12 @@ class ActorCriticTrainer(RLOOTrainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip policy and critic apart, so that neither's gradient shrinks the other's."""
         self.accelerator.unscale_gradients()
+        parts: dict[str, list[nn.Parameter]] = {"policy": [], "critic": []}
+        for name, parameter in model.named_parameters():
+            parts["critic" if _is_critic(name) else "policy"].append(parameter)
         norms = {}
-        for which in ("policy", "critic"):
-            parameters = [
-                p for name, p in model.named_parameters() if _is_critic(name) == (which == "critic")
-            ]
-            norm = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
-            norms[which] = norm
+        for which, parameters in parts.items():
+            norms[which] = norm = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
             self._metrics["train"][f"{which}_grad_norm"].append(norm.item())
         return norms["policy"]
 
