@@ -39,6 +39,12 @@ INCIDENTAL = {
 
 
 class _Parser(TrlParser):
+    def __init__(self, dataclass_types: list[type]) -> None:
+        super().__init__(dataclass_types)  # type: ignore[arg-type]
+        for action in self._actions:
+            if getattr(action.type, "__name__", "") == "dict":  # wrapped, to accept none
+                action.type = mapping
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; `--help` lists the fields")
 
@@ -60,7 +66,7 @@ def parse_config(
     Raises:
         UserError: unknown field (names the nearest), wrong type, missing file, invalid value.
     """
-    parser = _Parser(list(dataclass_types))  # type: ignore[arg-type]
+    parser = _Parser(list(dataclass_types))
     parser.set_defaults_with_config(**defaults or {})
     try:
         *configs, left = parser.parse_args_and_config(args=args, return_remaining_strings=True)
@@ -82,6 +88,18 @@ def parse_config(
         if isinstance(config, TrainingArguments):
             check_training(config)
     return tuple(configs)
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """A mapping on the command line, as YAML has it.
+
+    >>> mapping("{prompt: frage}")
+    {'prompt': 'frage'}
+    """
+    try:
+        return dict(yaml.safe_load(text))
+    except (yaml.YAMLError, TypeError) as error:
+        raise ValueError(text) from error
 
 
 def _explain(error: ValueError, dataclass_types: tuple[type, ...]) -> str:

@@ -47,6 +47,12 @@ class Small:
 
     max_steps: int = 3
     data: str = "x"
+    columns: dict | None = None
+
+
+def test_a_mapping_on_the_command_line_is_yaml() -> None:
+    (config,) = parse_config(Small, args=["--columns", "{prompt: frage, completion: antwort}"])
+    assert config.columns == {"prompt": "frage", "completion": "antwort"}
 
 
 def test_command_line_beats_yaml_beats_default(tmp_path: Path) -> None:
@@ -64,6 +70,8 @@ def test_command_line_beats_yaml_beats_default(tmp_path: Path) -> None:
         ("max_steps: many", [], "max_steps"),
         ("[1, 2", [], "not valid YAML"),
         ("- 1", [], "mapping"),
+        ("", ["--columns", "prompt"], "columns: invalid mapping value: 'prompt'"),
+        ("", ["--columns", "[a"], "columns: invalid mapping value: '[a'"),
     ],
 )
 def test_bad_configuration_is_one_line(
