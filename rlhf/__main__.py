@@ -22,7 +22,6 @@ from transformers import (
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import MetricsFile, require_kind
-from common.batches import Chat
 from common.config import parse_config, run
 from common.errors import UserError
 from common.generation import draw_chats, generate_answers
@@ -45,12 +44,11 @@ from rlhf.invariants import BrokenInvariant
 from rlhf.measure import measure, measure_best_of, measured_rows
 from rlhf.methods import build_trainer, check_run
 from rlhf.rewards import (
-    further_columns,
     hash_function,
     is_function,
     is_model,
     known_scores,
-    score_answers,
+    make_scorer,
     weigh,
 )
 
@@ -59,8 +57,7 @@ def main() -> None:
     """Align the fine-tuned model, measure before and after, leave the artifacts."""
     config, args = parse_config(AlignConfig, PPOConfig, defaults=TRAINER_DEFAULTS)
     measure_as_trained(config, args)
-    folders = [r for r in config.reward if r != "judge" and not is_function(r)]
-    sources = {f"reward_{i}" if i else "reward": name for i, name in enumerate(folders)}
+    sources = {f"reward_{i}" if i else "reward": path for i, path in enumerate(config.models)}
     hashes = {name: hash_function(name) for name in config.reward if is_function(name)}
     if args.ptx_coef and config.method != "ppo":
         if args.process_index == 0:
@@ -83,10 +80,7 @@ def main() -> None:
     prompts = align_prompts(stage.task, stage.parent, tokenizer, config, "align", config.prompts)
     check_run(config.method, rewards, args, policy, tokenizer, prompts)
     rows = [*prompts, *measured_rows(stage.task, stage.parent, tokenizer, config)]
-
-    def score(chats: list[Chat]) -> list[float]:
-        return score_answers(rewards, weights, tokenizer, chats, **further_columns(rows, chats))
-
+    score = make_scorer(rewards, weights, tokenizer, rows)
     # the scale of scores is of prompts to train on: what is measured on is not looked at
     asked = list(prompts.shuffle(seed=0)["prompt"])[: config.eval_prompts]
     known = known_scores(score(draw_chats(policy, tokenizer, asked, config.max_new_tokens)))

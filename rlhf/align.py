@@ -76,12 +76,16 @@ class AlignConfig(DataConfig):
             raise UserError(f"method ({self.method}) must be one of {', '.join(METHODS)}")
         if not self.reward:
             raise UserError("reward is empty: a reward model's directory or a Python function")
-        models = [name for name in self.reward if name != "judge" and not is_function(name)]
-        if self.disagreement_penalty and not 1 < len(models) == len(self.reward):
+        if self.disagreement_penalty and not 1 < len(self.models) == len(self.reward):
             raise UserError(
                 f"disagreement_penalty ({self.disagreement_penalty:g}) needs two reward models or "
                 f"more and nothing beside: reward is {self.reward}"
             )
+
+    @property
+    def models(self) -> list[str]:
+        """The rewards that are a reward model's directory."""
+        return [name for name in self.reward if name != "judge" and not is_function(name)]
 
     @property
     def reward_names(self) -> list[str]:

@@ -14,18 +14,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
-from common.arden.task import ArdenTask
 from common.artifacts import MEASURED, require_kind, require_parent, write_json
 from common.config import parse_config, run
 from common.errors import UserError
-from common.generation import answered
 from common.stage import TRAINER_DEFAULTS, open_task, print_figures
 from common.tokenizer import load_tokenizer
 from rlhf.align import AlignConfig, load_rewards, measure_as_trained
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
-from rlhf.measure import SHORT_NAMES, gold, measured_rows
-from rlhf.rewards import further_columns, mean_score, score_answers, weigh
+from rlhf.measure import SHORT_NAMES, measure_choice, measured_rows
+from rlhf.rewards import make_scorer, weigh
 
 
 @dataclass
@@ -72,9 +70,7 @@ def main() -> None:
     chooser = Chooser(
         AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32).to(args.device),
         tokenizer,
-        lambda chats: score_answers(
-            rewards, weights, tokenizer, chats, **further_columns(rows, chats)
-        ),
+        make_scorer(rewards, weights, tokenizer, rows),
         max(best_of.n),
         args.max_completion_length,
     )
@@ -87,11 +83,7 @@ def main() -> None:
 
         measured = task.measure(answer, config.evaluate_on, best_of.questions)
         figures = {SHORT_NAMES.get(name, name): value for name, value in measured.items()}
-        chosen = chooser.best(prompts, n)
-        figures["score"] = mean_score([score for _, score in chosen])
-        if isinstance(task, ArdenTask):
-            chats = [answered(p, text) for p, (text, _) in zip(prompts, chosen, strict=True)]
-            figures["gold_drawn"] = gold(task, chats)
+        figures |= measure_choice(chooser, prompts, n, task)
         found.append({"n": n, "kl": best_of_n_kl(n), **figures})
         print_figures(f"best of {n}", found[-1])
     write_json(Path(args.output_dir) / MEASURED, found)

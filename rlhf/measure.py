@@ -39,6 +39,16 @@ def measured_rows(
     return align_prompts(task, parent, tokenizer, config, *wanted)
 
 
+def measure_choice(chooser: Chooser, prompts: list[Chat], n: int, task: Task) -> dict[str, float]:
+    """`score` of the chosen among n answers to each prompt, and on Arden `gold_drawn`."""
+    best = chooser.best(prompts, n)
+    figures = {"score": mean_score([score for _, score in best])}
+    if isinstance(task, ArdenTask):
+        chats = [answered(prompt, text) for prompt, (text, _) in zip(prompts, best, strict=True)]
+        figures["gold_drawn"] = gold(task, chats)
+    return figures
+
+
 def measure_best_of(
     n: int,
     model: PreTrainedModel,
@@ -54,12 +64,8 @@ def measure_best_of(
     """
     prompts = list(measured_rows(stage.task, stage.parent, tokenizer, config)["prompt"])
     chooser = Chooser(model, tokenizer, score, n, config.max_new_tokens)
-    best = chooser.best(prompts, n)
-    figures = {f"score_best_of_{n}": mean_score([value for _, value in best])}
-    if isinstance(stage.task, ArdenTask):
-        chats = [answered(prompt, text) for prompt, (text, _) in zip(prompts, best, strict=True)]
-        figures[f"gold_best_of_{n}"] = gold(stage.task, chats)
-    return figures
+    figures = measure_choice(chooser, prompts, n, stage.task)
+    return {f"{name.removesuffix('_drawn')}_best_of_{n}": value for name, value in figures.items()}
 
 
 def measure(

@@ -32,7 +32,7 @@ from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
 from rlhf.critic import check_plain_logits
 from rlhf.prompts import EpochSampler, check_inputs, epoch_sampler, require_rollout
-from rlhf.rewards import find_scorable, further_columns, score_answers, tell_apart, weigh
+from rlhf.rewards import find_scorable, make_scorer, tell_apart, weigh
 from rlhf.sampling import sample_fast
 from rlhf.score import as_function, turn_suffix
 from rlhf.trainer import PPOTrainer
@@ -88,10 +88,15 @@ def trl_config(args: PPOConfig, method: str) -> Any:
     names = {f.name for f in dataclasses.fields(kind) if f.init} - OWN_DEFAULTS
     shared = [f.name for f in dataclasses.fields(args) if f.init and f.name in names]
     values: dict[str, Any] = {name: getattr(args, name) for name in shared}
-    if args.num_generations == 1 and "num_generations" in names:
-        values["num_generations"] = GENERATIONS
+    if "num_generations" in names:
+        values["num_generations"] = several_generations(args)
     with refusing(f"method {method}, num_generations {values.get('num_generations')}: "):
         return kind(**values)
+
+
+def several_generations(args: PPOConfig) -> int:
+    """Completions a prompt where one alone tells nothing."""
+    return GENERATIONS if args.num_generations == 1 else args.num_generations
 
 
 def missing_eos(eos_token_id: int) -> Any:
@@ -191,10 +196,8 @@ def build_dpo(rewards: list[Any], args: PPOConfig, train_dataset: Dataset, **res
     chooser = Chooser(
         policy.to(args.device),
         tokenizer,
-        lambda chats: score_answers(
-            rewards, weights, tokenizer, chats, **further_columns(train_dataset, chats)
-        ),
-        GENERATIONS if args.num_generations == 1 else args.num_generations,
+        make_scorer(rewards, weights, tokenizer, train_dataset),
+        several_generations(args),
         int(args.max_completion_length or 0),
     )
     rows = preferences(chooser, list(train_dataset["prompt"]))

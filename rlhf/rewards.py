@@ -219,6 +219,25 @@ def score_answers(
     return [t if known else math.nan for t, known in zip(totals, scored, strict=True)]
 
 
+def make_scorer(
+    rewards: Sequence[Reward],
+    weights: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[dict[str, Any]],
+) -> Callable[[list[Chat]], list[float]]:
+    """`score_answers` of conversations alone; functions get the columns of what these answer.
+
+    Args:
+        rewards, weights, tokenizer: as of `score_answers`.
+        rows: prompts with their further columns.
+    """
+
+    def score(chats: list[Chat]) -> list[float]:
+        return score_answers(rewards, weights, tokenizer, chats, **further_columns(rows, chats))
+
+    return score
+
+
 def find_scorable(rewards: Tensor, weights: Tensor) -> Tensor:
     """Which completions some reward of any weight has a number for, (N,) bool.
 
