@@ -168,6 +168,12 @@ class StageOutput:
     def _holds_work(self) -> bool:
         return (self.path / "summary.json").exists() or any(self.checkpoints.glob("*"))
 
+    def says_finished(self) -> bool:
+        """Whether the run is there, as is then said: nothing is left to do."""
+        if self.finished:
+            print(f"{self.path} is finished; delete it to train it anew")
+        return self.finished
+
     @property
     def checkpoints(self) -> Path:
         """Where the run's checkpoints lie."""

@@ -22,7 +22,7 @@ from common.artifacts import require_parent
 from common.config import parse_config, run
 from common.data import load_ranked, opening
 from common.errors import UserError
-from common.lengths import LengthReport, measure_lengths
+from common.lengths import LengthReport, measure_lengths, name_row
 from common.rows import Messages
 from common.stage import open_task
 from common.tasks import Task
@@ -135,17 +135,13 @@ def describe_repeats(train: Dataset, held_out: Dataset) -> str:
         f"  {len(leaks):,} of {len(held_out):,} evaluation rows open with what training asks",
     ]
     for place, other in leaks[:3]:
-        lines.append(f"    {_place(held_out, place)} asks as {_place(train, other)}")
+        lines.append(f"    {name_row(held_out, place)} asks as {name_row(train, other)}")
     return "\n".join(lines)
 
 
 def _plain(row: dict[str, Any]) -> str:
     fields = {k: row[k] for k in ("messages", "prompt", "chosen", "rejected") if k in row}
     return " ".join(json.dumps(fields).casefold().split())
-
-
-def _place(rows: Dataset, index: int) -> str:
-    return rows[index]["where"] if "where" in rows.column_names else f"row {index + 1}"
 
 
 def show_row(

@@ -7,6 +7,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from common.batches import BATCH, Chat, by_length, pad, render
 from common.decoding import sample_unended
+from common.rows import assistant
 
 MOST_ROWS = 4 * BATCH  # sampled at a time: their keys and values are kept
 
@@ -18,7 +19,7 @@ def as_chat(question: str | Chat) -> Chat:
 
 def answered(question: str | Chat, text: str) -> Chat:
     """The conversation with the assistant's answer behind it."""
-    return [*as_chat(question), {"role": "assistant", "content": text}]
+    return [*as_chat(question), assistant(text)]
 
 
 def plain_sampling(theirs: GenerationConfig) -> GenerationConfig:

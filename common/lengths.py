@@ -162,7 +162,7 @@ def measure_lengths(
         if max(lengths) > longest:
             longest = max(lengths)
             field = fields[lengths.index(longest)] if fields else "text"
-            field = f'{_place(dataset, len(row_lengths))}, "{field}"'
+            field = f'{name_row(dataset, len(row_lengths))}, "{field}"'
         row_lengths.append(max(lengths))
     return LengthReport(
         max_length=max_length,
@@ -216,7 +216,8 @@ def leave_room(
     return [place for place, [(length, _)] in rows if length + max_new_tokens <= context]
 
 
-def _place(dataset: Dataset, index: int) -> str:
+def name_row(dataset: Dataset, index: int) -> str:
+    """Where a row stands in its file, or its number, from 1."""
     return dataset[index]["where"] if "where" in dataset.column_names else f"row {index + 1}"
 
 
@@ -232,7 +233,7 @@ def _all_lengths(
                 try:
                     list(_row_lengths(rows[place : place + 1], tokenizer))
                 except TemplateError as error:
-                    said = f"{_place(rows, place)}: the chat template cannot render it ({error})"
+                    said = f"{name_row(rows, place)}: the chat template cannot render it ({error})"
                     raise UserError(f"{said}; change the row, or the template") from None
 
 

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from common.artifacts import write_text
 from common.errors import UserError
 
 HUB_NAME = "karpathy/tiny_shakespeare"
@@ -68,10 +69,7 @@ def find_shakespeare(path: str | None = None) -> Path:
                 f"Tiny Shakespeare: neither in {cached} nor to be had from the Hub ({reason}); "
                 "give DATA=path to a copy of Tiny Shakespeare, or connect to the network"
             ) from error
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        scratch = cached.with_name(f".{cached.name}.{os.getpid()}")
-        scratch.write_bytes(text.encode())
-        os.replace(scratch, cached)
+        write_text(cached, text)
     return cached
 
 

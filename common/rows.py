@@ -27,6 +27,11 @@ _ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("system", "user
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # Anthropic's, in a dialogue as one text
 
 
+def assistant(text: str) -> dict[str, str]:
+    """A message of an assistant's."""
+    return {"role": "assistant", "content": text}
+
+
 class BadRow(ValueError):
     """A row that cannot be trained on; the message says which field and why."""
 
@@ -197,7 +202,7 @@ def _instruction(row: Row) -> Messages:
 
 
 def _alpaca(row: Row) -> dict[str, Any]:
-    answer = {"role": "assistant", "content": row.text("output")}
+    answer = assistant(row.text("output"))
     return {"messages": [*row.system(), *_instruction(row), answer]}
 
 
@@ -247,8 +252,7 @@ def _ranked(row: Row) -> list[dict[str, Any]]:
     for i, score in enumerate(scores):
         _check_number(score, f'"{row.name("scores")}"[{i}]')
     said = [
-        [{"role": "assistant", "content": _check_text(a, f'"{row.name("answers")}"[{i}]')}]
-        for i, a in enumerate(answers)
+        [assistant(_check_text(a, f'"{row.name("answers")}"[{i}]'))] for i, a in enumerate(answers)
     ]
     _check_turns(prompt, "user", row.name("prompt"))
     for one, other in combinations(range(len(said)), 2):

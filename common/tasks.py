@@ -17,6 +17,7 @@ from common.arden.world import PEOPLE
 from common.data import dataset_fingerprint, holdout, load_rows
 from common.errors import UserError
 from common.mixture import Source, is_mapping, load_mixed, read_mixture, weigh
+from common.rows import assistant
 
 Answer = Callable[[list[str]], list[str]]
 Sample = Callable[[list[str]], list[list[str]]]
@@ -162,7 +163,7 @@ class PlaysTask:
         rows = [{**row, "kind": "true_elsewhere", "flipped": False} for row in rows]
         drawn = sample([row["prompt"][-1]["content"] for row in rows])
         own = [
-            {**row, "rejected": [{"role": "assistant", "content": answer}], "kind": "true_model"}
+            {**row, "rejected": [assistant(answer)], "kind": "true_model"}
             for row, answers in zip(rows, drawn, strict=True)
             for answer in answers[:1]
             if answer != row["chosen"][-1]["content"]

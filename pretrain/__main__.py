@@ -66,8 +66,7 @@ def main() -> None:
         sources["parent"] = hash_model(parent)
     values = config_values(model_config, config)
     output = StageOutput(config.output_dir, values, sources, config.overwrite, INCIDENTAL)
-    if output.finished:
-        print(f"{output.path} is finished; delete it to train it anew")
+    if output.says_finished():
         return
     accelerator = make_accelerator(config)
     with accelerator.main_process_first():

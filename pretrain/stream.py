@@ -88,10 +88,7 @@ class TokenStream:
                 max_bytes=config.max_text_bytes,
             )
         for split, file in zip(SPLITS, self.open()[1], strict=True):
-            info = file.info
-            print(
-                f"{split}: {info.tokens:,} tokens of {info.bytes:,} bytes, {info.unknown:,} unknown"
-            )
+            print(f"{split}: {file.info}")
 
     def open(self) -> tuple[PreTrainedTokenizerFast, list[TokenFile]]:
         """The tokenizer, and the tokens to train on and to be measured by."""

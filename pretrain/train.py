@@ -326,9 +326,14 @@ def pad_spans(file: TokenFile, spans: list[tuple[int, int]]) -> tuple[Tensor, Te
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
+def checkpoints(config: PretrainConfig) -> Path:
+    """Where the run's checkpoints lie."""
+    return Path(config.output_dir) / "checkpoints"
+
+
 def save_checkpoint(accelerator: Accelerator, config: PretrainConfig, progress: Progress) -> None:
     """Weights, optimizers and generators; the older checkpoint goes when the new one is whole."""
-    folder = Path(config.output_dir) / "checkpoints"
+    folder = checkpoints(config)
     scratch = folder / "unfinished"
     if accelerator.is_main_process:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -350,7 +355,7 @@ def remove_others(folder: Path, step: int) -> None:
 
 def read_progress(config: PretrainConfig) -> Progress:
     """How far the newest checkpoint is."""
-    folder = Path(config.output_dir) / "checkpoints"
+    folder = checkpoints(config)
     # An older one that was killed while it was removed may have lost this file, which is no matter.
     found = [Progress(**read_json(path)) for path in folder.glob("step-*/progress.json")]
     return max(found, key=lambda progress: progress.step, default=Progress())
@@ -360,7 +365,7 @@ def load_checkpoint(accelerator: Accelerator, config: PretrainConfig, step: int)
     """Restore the checkpoint of `step`, and leave it alone in its folder; 0 restores nothing."""
     if not step:
         return
-    folder = Path(config.output_dir) / "checkpoints"
+    folder = checkpoints(config)
     accelerator.load_state(str(folder / f"step-{step}"))
     accelerator.wait_for_everyone()  # all have chosen
     if accelerator.is_main_process:

@@ -67,8 +67,7 @@ def main() -> None:
     folder = config.folder(args.output_dir)
     callbacks = early_stopping(config.early_stopping_patience, args)
     stage = open_stage(config, args, hash_labeller(config), policy=config.policy)
-    if stage.output.finished:
-        print(f"{stage.output.path} is finished; delete it to train it anew")
+    if stage.output.says_finished():
         return
     require_same_tokenizer(stage.parent, require_parent(config.policy, config.parent_command))
     tokenizer = load_tokenizer(stage.parent)

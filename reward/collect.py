@@ -32,6 +32,7 @@ from common.config import config_values, parse_config, run
 from common.errors import UserError
 from common.generation import answered, generate_answers
 from common.lengths import leave_room
+from common.rows import assistant
 from common.scoring import score_chats
 from common.stage import TRAINER_DEFAULTS, open_task
 from common.tasks import Task, load_task
@@ -284,8 +285,8 @@ def rank_by_model(
                 rows.append(
                     {
                         "prompt": prompt,
-                        "chosen": [_assistant(better)],
-                        "rejected": [_assistant(worse)],
+                        "chosen": [assistant(better)],
+                        "rejected": [assistant(worse)],
                         "kind": "by_model",
                         "flipped": False,
                         "margin": high - low,
@@ -309,10 +310,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
     """A line of JSON each."""
     write_text(path, "".join(f"{line}\n" for line in map(json.dumps, rows)))
-
-
-def _assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 if __name__ == "__main__":

@@ -67,8 +67,7 @@ def main() -> None:
         hashes["ptx_data"] = TokenFile(args.ptx_data).info.sha256
     stage = open_stage(config, args, hashes, **sources)
     require_kind(stage.parent, scores=False)
-    if stage.output.finished:
-        print(f"{stage.output.path} is finished; delete it to train it anew")
+    if stage.output.says_finished():
         return
     tokenizer = load_tokenizer(stage.parent)
     rewards = load_rewards(config, stage.task, stage.parent, tokenizer, args.device)

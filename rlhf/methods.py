@@ -27,6 +27,7 @@ from trl.data_utils import is_conversational
 from common.batches import Chat
 from common.config import refusing
 from common.errors import UserError
+from common.rows import assistant
 from rlhf.callbacks import UpdateBoundary
 from rlhf.chooser import Chooser
 from rlhf.config import PPOConfig
@@ -222,8 +223,8 @@ def preferences(chooser: Chooser, prompts: list[Chat]) -> Dataset:
             rows.append(
                 {
                     "prompt": prompt,
-                    "chosen": [{"role": "assistant", "content": answers[best]}],
-                    "rejected": [{"role": "assistant", "content": answers[worst]}],
+                    "chosen": [assistant(answers[best])],
+                    "rejected": [assistant(answers[worst])],
                 }
             )
     if not rows:

@@ -112,8 +112,7 @@ def main() -> None:
         hashes["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
     stage = open_stage(config, args, hashes)
     require_kind(stage.parent, scores=False)
-    if stage.output.finished:
-        print(f"{stage.output.path} is finished; delete it to train it anew")
+    if stage.output.says_finished():
         return
     tokenizer = load_tokenizer(stage.parent)
     require_own_tokens(tokenizer, eos_token=args.eos_token, pad_token=args.pad_token)

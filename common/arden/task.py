@@ -15,6 +15,7 @@ from common.arden.judge import judge, summarise
 from common.arden.questions import Question
 from common.arden.rankings import choose, faulty_answers, rank, right_answer
 from common.arden.world import PEOPLE, build_realm
+from common.rows import assistant
 
 Answer = Callable[[list[str]], list[str]]
 VALIDATION_DOCUMENTS = 1_500
@@ -182,8 +183,8 @@ class ArdenTask:
                 rows.append(
                     {
                         "prompt": [_user(question.text)],
-                        "chosen": [_assistant(pair.chosen)],
-                        "rejected": [_assistant(pair.rejected)],
+                        "chosen": [assistant(pair.chosen)],
+                        "rejected": [assistant(pair.rejected)],
                         "kind": pair.kind,
                         "flipped": pair.flipped,
                         "margin": pair.margin,
@@ -256,9 +257,5 @@ def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def _assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
 def _conversation(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [_user(question), _assistant(answer)]}
+    return {"messages": [_user(question), assistant(answer)]}

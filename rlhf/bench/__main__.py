@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from common.artifacts import write_json
+from common.config import run
 from common.errors import UserError
 from rlhf.bench.problem import Problem, create, write
 
@@ -284,8 +285,4 @@ def keep(figures: Figures, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)
