@@ -305,21 +305,17 @@ def place_of(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
 
 
-def dataset_fingerprint(source: str | Path | Dataset) -> str:
-    """sha256, hex, of the content: a file's bytes, a folder's names and bytes, a dataset's rows.
+def dataset_fingerprint(source: str | Path) -> str:
+    """sha256, hex, of the content: a file's bytes, a folder's names and bytes.
 
     Raises:
         UserError: there is no such file or folder.
     """
-    digest = hashlib.sha256()
-    if isinstance(source, Dataset):
-        for row in source:
-            digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-        return digest.hexdigest()
     path = Path(source).expanduser()
     if not path.exists():
         raise UserError(f"{source}: no such file or folder; check the path")
     if path.is_dir():
+        digest = hashlib.sha256()
         for file in sorted(file for file in path.rglob("*") if file.is_file()):
             digest.update(f"{file.relative_to(path)} {dataset_fingerprint(file)}\n".encode())
         return digest.hexdigest()

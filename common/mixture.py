@@ -109,9 +109,9 @@ def load_mixed(
     return concatenate_datasets(parts)
 
 
-def weigh(rows: Dataset, sources: list[Source], seed: int = 0) -> Dataset:
+def weigh(rows: Dataset, sources: list[Source]) -> Dataset:
     """Rows of `load_mixed`, each as often as its source's weight says, in random order."""
-    dice = random.Random(seed)
+    dice = random.Random(0)
     places = []
     for place, index in enumerate(rows["source"]):
         times, rest = divmod(sources[index].weight, 1)

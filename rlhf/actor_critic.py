@@ -25,7 +25,6 @@ from trl.trainer.utils import use_adapter
 
 from common.errors import UserError
 from common.pretraining_text import PretrainingText
-from common.sharded import whole_model
 from rlhf.config import PPOConfig
 from rlhf.critic import (
     Critic,
@@ -35,7 +34,6 @@ from rlhf.critic import (
     detached_critic,
     disable_dropout,
     language_model,
-    plain_policy,
     read_completions,
 )
 from rlhf.prompts import check_inputs
@@ -202,10 +200,6 @@ class ActorCriticTrainer(RLOOTrainer):
         self._pending_metrics.clear()
 
     # Checkpoints: the policy is saved clean, the critic beside the optimizer, as training state
-
-    def policy_model(self) -> PreTrainedModel:
-        """A copy of the trained policy alone: no critic, its own forward, adapters merged in."""
-        return plain_policy(whole_model(self.accelerator, self.model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if state_dict is not None:

@@ -22,7 +22,6 @@ class Pair:
         margin: how much better the labeller finds the chosen one, in units of the gold score.
     """
 
-    question: Question
     chosen: str
     rejected: str
     flipped: bool
@@ -124,7 +123,7 @@ def rank(question: Question, answers: list[str], noise: float, dice: Dice) -> li
             flipped = dice.random.random() < noise
             chosen, rejected = (worse, better) if flipped else (better, worse)
             kind, margin = pair_kind(question, better, worse), gold[better] - gold[worse]
-            pairs.append(Pair(question, chosen, rejected, flipped, kind, margin))
+            pairs.append(Pair(chosen, rejected, flipped, kind, margin))
     return pairs
 
 

@@ -9,6 +9,7 @@ import torch
 from conftest import count_w5, prompts
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
+from rlhf.critic import plain_policy
 from rlhf.trainer import MicroBatch, PPOTrainer
 
 Build = Callable[..., PPOTrainer]
@@ -92,7 +93,7 @@ def test_saved_policy_is_plain_and_a_resumed_run_the_same(build: Build, tmp_path
     assert not info["unexpected_keys"] and not info["missing_keys"]
     for name, p in model.state_dict().items():
         assert torch.equal(p, whole.model.state_dict()[name])
-    assert whole.policy_model().state_dict().keys() == model.state_dict().keys()
+    assert plain_policy(whole.model).state_dict().keys() == model.state_dict().keys()
     resumed = build(**settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     for name, p in whole.model.state_dict().items():
@@ -120,4 +121,4 @@ def test_lora_with_a_shared_trunk(build: Build) -> None:
     lines = [line for line in trainer.state.log_history if "score" in line]
     assert lines[0]["kl"] == 0.0 and lines[-1]["kl"] != 0.0
     assert trainer.model.critic.score.weight.any()
-    assert not any("critic" in name for name in trainer.policy_model().state_dict())
+    assert not any("critic" in name for name in plain_policy(trainer.model).state_dict())

@@ -31,6 +31,7 @@ from common.generation import generate_answers
 from common.reward_gpt import logprob_scorer
 from common.stage import train_or_resume
 from rlhf.config import PPOConfig
+from rlhf.critic import plain_policy
 from rlhf.score import TokenScorer, turn_suffix
 from rlhf.trainer import PPOTrainer
 
@@ -349,7 +350,7 @@ def test_saved_policy_is_clean(build: Build, tmp_path: Path) -> None:
     )
     assert torch.equal(value_model.score.weight, trainer.model.critic.model.score.weight)
     assert any(name.startswith("critic.") for name in trainer.model.state_dict())
-    plain, ids = trainer.policy_model(), torch.tensor([[4, 5, 6]])
+    plain, ids = plain_policy(trainer.model), torch.tensor([[4, 5, 6]])
     assert plain.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(plain(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
 
@@ -384,7 +385,7 @@ def test_lora(build: Build, tmp_path: Path) -> None:
     assert logs(trainer)[0]["kl"] == 0.0 and logs(trainer)[-1]["kl"] != 0.0
     for name, p in trainer.model.named_parameters():
         assert name not in base or torch.equal(p, base[name])
-    plain, ids = trainer.policy_model(), torch.tensor([[4, 5, 6]])
+    plain, ids = plain_policy(trainer.model), torch.tensor([[4, 5, 6]])
     with torch.no_grad():
         ours, theirs = plain(input_ids=ids).logits, trainer.model(input_ids=ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
