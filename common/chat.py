@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max_new_tokens", type=int, default=100)
     args = parser.parse_args()
-    if args.max_new_tokens < 1 or args.temperature < 0:
+    if args.max_new_tokens < 1 or not args.temperature >= 0:
         raise UserError(
             f"max_new_tokens ({args.max_new_tokens}) must be at least 1, temperature "
             f"({args.temperature:g}) not below 0"

@@ -113,21 +113,35 @@ def _explain(error: ValueError, dataclass_types: tuple[type, ...]) -> str:
     return f"unknown field {unknown[1]}: {cure}"
 
 
-def require(config: Any, least: float, *names: str, most: float = math.inf) -> None:
+def require(
+    config: Any, least: float, *names: str, most: float = math.inf, above: bool = False
+) -> None:
     """Refuse fields of a configuration that are no numbers, below `least` or above `most`.
+
+    Of a list every entry is looked at, and one at least has to be there.
+
+    Args:
+        config: a dataclass.
+        least, most: the bounds, allowed themselves.
+        names: the fields.
+        above: `least` is refused, too.
 
     Raises:
         UserError: names the field, its value and the bounds.
     """
     bounds = f"{least:g} or more" if most == math.inf else f"between {least:g} and {most:g}"
-    counts = {field.name for field in dataclasses.fields(config) if field.type in (int, "int")}
+    bounds = f"above {least:g}" if above else bounds
+    whole = (int, "int", int | None, list[int])
+    counts = {field.name for field in dataclasses.fields(config) if field.type in whole}
     for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int if name in counts else int | float):
-            kind = "a whole number" if name in counts else "a number"
-            raise UserError(f"{name} ({value}) must be {kind}, {bounds}")
-        if not least <= value <= most:
-            raise UserError(f"{name} ({value}) must be {bounds}")
+        given = getattr(config, name)
+        for value in (given or [None]) if isinstance(given, list) else [given]:
+            kind = int if name in counts else int | float
+            if isinstance(value, bool) or not isinstance(value, kind):
+                said = "a whole number" if name in counts else "a number"
+                raise UserError(f"{name} ({given}) must be {said}, {bounds}")
+            if not least <= value <= most or (above and value == least):
+                raise UserError(f"{name} ({given}) must be {bounds}")
 
 
 def check_training(args: TrainingArguments) -> None:
@@ -141,8 +155,8 @@ def check_training(args: TrainingArguments) -> None:
     require(args, 1, "gradient_accumulation_steps")
     if args.max_steps == 0 or args.max_steps < -1:
         raise UserError(f"max_steps ({args.max_steps}) must be at least 1, or -1 for whole epochs")
-    if args.max_steps == -1 and not args.num_train_epochs > 0:
-        raise UserError(f"num_train_epochs ({args.num_train_epochs}) must be above 0")
+    if args.max_steps == -1:
+        require(args, 0, "num_train_epochs", above=True)
     if args.resume_from_checkpoint:
         raise UserError(
             f"resume_from_checkpoint ({args.resume_from_checkpoint}): leave it out, a run goes on "

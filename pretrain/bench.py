@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.artifacts import write_json
-from common.config import parse_config, run
+from common.config import parse_config, require, run
 from common.errors import UserError
 from common.tasks import load_task
 from pretrain.bench_runs import Run, Shape, copy_nanogpt, run_nanogpt, run_ours
@@ -51,15 +51,13 @@ class RoundsConfig:
     rounds: int = field(default=3, metadata={"help": "times through all runs, a seed each"})
     seed: int = field(default=0, metadata={"help": "ours, of the first round"})
 
-    def require(self, **least: int) -> None:
-        """Refuse fields below their least, and a path that holds no nanoGPT.
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured.
 
         Raises:
-            UserError: naming the first of them.
+            UserError: no round, or no nanoGPT at the path.
         """
-        for name, value in {"rounds": 1, **least}.items():
-            if getattr(self, name) < value:
-                raise UserError(f"{name} ({getattr(self, name)}) must be at least {value}")
+        require(self, 1, "rounds")
         if self.nanogpt and not (Path(self.nanogpt) / "train.py").exists():
             raise UserError(f"{self.nanogpt}: no train.py there; give a checkout of nanoGPT")
 
@@ -80,12 +78,11 @@ class BenchConfig(RoundsConfig):
     torch_compile: bool = field(default=True, metadata={"help": "ours, too, as nanoGPT is"})
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured.
-
-        Raises:
-            UserError: too few steps or rounds, no such cores, no nanoGPT at the path.
-        """
-        self.require(threads=1, target_steps=30, small_steps=30, large_steps=6)
+        """As of every bench; too few steps, and cores that are not there."""
+        super().__post_init__()
+        require(self, 1, "threads")
+        require(self, 30, "target_steps", "small_steps")
+        require(self, 6, "large_steps")
         if not hasattr(os, "sched_setaffinity"):
             raise UserError("this system does not pin processes to cores: run the bench on Linux")
         cores = len(os.sched_getaffinity(0))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from common.config import parse_config, run
+from common.config import parse_config, require, run
 from common.errors import UserError
 from common.gpt import build_config, build_gpt
 from common.tasks import load_task
@@ -49,14 +49,11 @@ class BenchGpuConfig(RoundsConfig):
     gpt2_steps: int = field(default=12, metadata={"help": "both, at GPT-2's shape"})
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured.
-
-        Raises:
-            UserError: no GPU, too few steps or rounds, no nanoGPT at the path.
-        """
+        """As of every bench; too few steps, and no GPU."""
+        super().__post_init__()
         if not torch.cuda.is_available():
             raise UserError("bench-pretrain-gpu needs a CUDA GPU: bench-pretrain is for a CPU")
-        self.require(gpt2_steps=6)
+        require(self, 6, "gpt2_steps")
 
 
 def main() -> None:

@@ -26,8 +26,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutput
 
 from common.artifacts import StageOutput, write_json, write_text
-from common.config import config_values, parse_config, run
-from common.errors import UserError
+from common.config import config_values, parse_config, require, run
 from common.gpt import LessonGPT, build_config, build_gpt
 from common.lesson_gpt import LessonBlock
 from common.tasks import load_task
@@ -273,8 +272,7 @@ def format_row(row: dict[str, Any]) -> str:
 def main() -> None:
     """Climb the ladder; leave summary.json, samples.md and plot.svg in `output_dir`."""
     model_config, config, lesson = parse_config(ModelConfig, PretrainConfig, LessonConfig)
-    if lesson.rung_steps < 1:
-        raise UserError(f"rung_steps ({lesson.rung_steps}) must be at least 1")
+    require(lesson, 1, "rung_steps")
     task = load_task(
         config.data, plays=config.plays, validation_fraction=config.validation_fraction
     )

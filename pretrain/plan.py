@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
-from common.config import parse_config, run
+from common.config import parse_config, require, run
 from common.device import fast_attention, has_bf16
 from common.errors import UserError
 from common.gpt import build_gpt
@@ -57,9 +57,8 @@ class PlanConfig:
         Raises:
             UserError: no device, or no speed.
         """
-        for name in ("devices", "tflops"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} ({getattr(self, name)}) must be above 0")
+        require(self, 1, "devices")
+        require(self, 0, "tflops", above=True)
 
 
 @dataclass(frozen=True)

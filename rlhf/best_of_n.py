@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import MEASURED, require_kind, require_parent, write_json
-from common.config import parse_config, run
+from common.config import parse_config, require, run
 from common.errors import UserError
 from common.stage import TRAINER_DEFAULTS, open_task, print_figures
 from common.tokenizer import load_tokenizer
@@ -38,9 +38,7 @@ class BestOfConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("n", min(self.n)), ("questions", self.questions)):
-            if least < 1:
-                raise UserError(f"{name} ({getattr(self, name)}) must be 1 or more")
+        require(self, 1, "n", "questions")
 
 
 def best_of_n_kl(n: int) -> float:

@@ -167,18 +167,14 @@ class PPOConfig(RLOOConfig):
 
     def _check(self) -> None:
         """Refuse what PPO cannot honour."""
-        counts = "num_mini_batches", "num_ppo_epochs", "num_generations", "kl_horizon"
+        require(self, 1, "num_mini_batches", "num_ppo_epochs", "num_generations", "kl_horizon")
+        require(self, 1, "ptx_windows", "max_completion_length")
         rates = "critic_learning_rate", "dpo_learning_rate"
         optional = ("score_std", "num_updates", "kl_budget", "target_kl", *rates)
         given = [name for name in optional if getattr(self, name) is not None]
-        for name in (*counts, "ptx_windows", "temperature", "clip_range", *given):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} ({getattr(self, name)}) must be above 0")
-        if not (self.max_completion_length or 0) > 0:
-            raise UserError(f"max_completion_length ({self.max_completion_length}) must be above 0")
-        if self.beta < 0:
-            raise UserError(f"beta ({self.beta:g}) must not be below 0: it would pay for distance")
-        require(self, 0, "vf_coef", "clip_range_value", "missing_eos_penalty")
+        require(self, 0, "temperature", "clip_range", *given, above=True)
+        require(self, 0, "vf_coef", "clip_range_value", "missing_eos_penalty", "beta", "ptx_coef")
+        require(self, 0, "gamma", "gae_lambda", most=1)
         clip = self.reward_clip_range
         if clip is not None and not clip[0] < clip[1]:
             raise UserError(f"reward_clip_range ({clip}) must be a lower bound and a higher one")
@@ -187,9 +183,6 @@ class PPOConfig(RLOOConfig):
                 f"num_train_epochs ({self.num_train_epochs}) may end inside an update: give a "
                 "whole number, or num_updates"
             )
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} ({getattr(self, name)}) must be between 0 and 1")
         if self.kl_budget is not None and self.beta == 0.0:
             raise UserError(
                 "kl_budget needs a reference: set beta above 0 (1e-9 penalises nothing)"
@@ -199,10 +192,10 @@ class PPOConfig(RLOOConfig):
                 f"target_kl ({self.target_kl}) needs a beta ({self.beta}) above 0, where the KL "
                 "coefficient starts"
             )
-        if self.ptx_coef < 0 or (self.ptx_coef and not self.ptx_data):
+        if self.ptx_coef and not self.ptx_data:
             raise UserError(
                 f"ptx_coef ({self.ptx_coef:g}) needs ptx_data ({self.ptx_data}), the token file of "
-                "the pretraining text, and must not be below 0; 0 does without"
+                "the pretraining text; 0 does without"
             )
         if self.use_vllm:
             raise UserError("use_vllm (True): weights are not sent there, set it False")

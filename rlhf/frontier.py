@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from common.artifacts import MEASURED, hash_model, read_json, write_json, write_text
-from common.config import parse_config, run
+from common.config import parse_config, require, run
 from common.errors import UserError
 from rlhf.frontier_plot import plot_frontier
 from rlhf.methods import METHODS
@@ -83,10 +83,8 @@ class FrontierConfig:
         if unknown:
             known = ", ".join([*METHODS, BEST_OF_N])
             raise UserError(f"methods ({', '.join(unknown)}) must be of {known}")
-        if self.jobs < 1:
-            raise UserError(f"jobs ({self.jobs}) must be 1 or more")
-        if min(self.betas) < 0 or min(self.n) < 1:
-            raise UserError(f"betas ({self.betas}) must not be below 0, n ({self.n}) not below 1")
+        require(self, 1, "jobs", "n")
+        require(self, 0, "betas")
         if not Path(self.stage_config).is_file():
             raise UserError(f"stage_config ({self.stage_config}): there is no such file")
         data = self.stage.get("data")

@@ -23,7 +23,6 @@ from trl import SFTConfig, SFTTrainer
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import MetricsFile, require_kind, require_parent
 from common.config import parse_config, refusing, require, run
-from common.errors import UserError
 from common.generation import generate_answers
 from common.lengths import measure_lengths
 from common.pretraining_text import PretrainingText
@@ -72,13 +71,8 @@ class FineTuneConfig(LabelledDataConfig):
     def __post_init__(self) -> None:
         """As of labelled data; adapters and replay within bounds."""
         super().__post_init__()
-        require(self, 0, "lora_r")
-        require(self, 1, "lora_alpha")
-        if self.ptx_coef < 0 or self.ptx_windows < 1:
-            raise UserError(
-                f"ptx_coef ({self.ptx_coef:g}) must not be below 0, ptx_windows "
-                f"({self.ptx_windows}) not below 1"
-            )
+        require(self, 0, "lora_r", "ptx_coef")
+        require(self, 1, "lora_alpha", "ptx_windows")
 
     def lora(self, base: PreTrainedModel) -> LoraConfig | None:
         """For the trainer; None trains all weights.

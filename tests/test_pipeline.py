@@ -272,7 +272,7 @@ def test_functions_as_rewards(folder: Path, tmp_path: Path) -> None:
         ("rlhf", {"ptx_data": "nowhere.bin"}, "nowhere.bin: no token file there: `make pretrain`"),
         ("rlhf", {"ptx_data": "{foreign}"}, "was written with another tokenizer than the model's"),
         ("sft", {"ptx_data": "{foreign}"}, "was written with another tokenizer than the model's"),
-        ("sft", {"ptx_windows": "0"}, "ptx_windows (0) not below 1"),
+        ("sft", {"ptx_windows": "0"}, "ptx_windows (0) must be 1 or more"),
         ("reward", {"margins": "-1"}, "margins (-1.0) must be 0 or more"),
         ("rlhf", {"num_mini_batchez": "2"}, "did you mean num_mini_batches?"),
         ("sft", {"data": "nowhere.jsonl"}, "nowhere.jsonl"),

@@ -8,6 +8,7 @@ import torch
 from transformers.generation import logits_process
 
 from common import chat
+from common.errors import UserError
 from tests.toy import save_toy
 
 
@@ -30,3 +31,11 @@ def test_draws_as_all_that_is_measured(
     chat.main()
     said = capsys.readouterr().out.splitlines()
     assert "ask away" in said[0] and "".join(said[1:])
+
+
+@pytest.mark.parametrize("option", [["--temperature", "nan"], ["--max_new_tokens", "0"]])
+def test_bounds(option: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken once: NaN was a temperature."""
+    monkeypatch.setattr(sys, "argv", ["chat", "nowhere", *option])
+    with pytest.raises(UserError, match=rf"{option[0][2:]} \({option[1]}\)"):
+        chat.main()

@@ -1,12 +1,14 @@
 """Configuration: YAML, command line, and what bad input gets."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from trl import RewardConfig, SFTConfig
 
-from common.config import config_values, parse_config, run
+from common.config import config_values, parse_config, require, run
 from common.errors import LocalError, UserError
 from common.stage import TRAINER_DEFAULTS
 from pretrain.config import ModelConfig, PretrainConfig
@@ -112,9 +114,9 @@ def test_bad_configuration_is_one_line(
         ("reward", "--prompts 0", "prompts (0) must be 1 or more"),
         ("rlhf", "--num_updates 0", "num_updates (0) must be above 0"),
         ("rlhf", "--temperature 0", "temperature (0.0) must be above 0"),
-        ("rlhf", "--max_completion_length 0", "max_completion_length (0) must be above 0"),
+        ("rlhf", "--max_completion_length 0", "max_completion_length (0) must be 1 or more"),
         ("rlhf", "--critic_learning_rate -1", "critic_learning_rate (-1.0) must be above 0"),
-        ("rlhf", "--beta -1", "beta (-1) must not be below 0"),
+        ("rlhf", "--beta -1", "beta (-1.0) must be 0 or more"),
         ("rlhf", "--eval_prompts 0", "eval_prompts (0) must be 1 or more"),
         ("pretrain", "--save_steps 0", "save_steps (0) must be 1 or more"),
         ("pretrain", "--muon_learning_rate -1", "muon_learning_rate (-1.0) must be 0 or more"),
@@ -147,6 +149,12 @@ def test_values_out_of_bounds(stage: str, flags: str, message: str) -> None:
         ("sft", "lora_r: 8.5", "lora_r (8.5) must be a whole number, 0 or more"),
         ("sft", "lora_r: true", "lora_r (True) must be a whole number, 0 or more"),
         ("reward", "prompts:", "prompts (None) must be a whole number, 1 or more"),
+        ("rlhf", "num_mini_batches: 1.5", "num_mini_batches (1.5) must be a whole number, 1 or"),
+        ("rlhf", "num_updates: 1.5", "num_updates (1.5) must be a whole number, above 0"),
+        ("rlhf", "beta: .nan", "beta (nan) must be 0 or more"),
+        ("rlhf", "ptx_coef: .nan", "ptx_coef (nan) must be 0 or more"),
+        ("sft", "ptx_coef: .nan", "ptx_coef (nan) must be 0 or more"),
+        ("sft", "ptx_windows: 1.5", "ptx_windows (1.5) must be a whole number, 1 or more"),
     ],
 )
 def test_values_of_a_wrong_type(tmp_path: Path, stage: str, line: str, message: str) -> None:
@@ -159,6 +167,32 @@ def test_values_of_a_wrong_type(tmp_path: Path, stage: str, line: str, message: 
     with pytest.raises(UserError) as error:
         parse_config(*STAGES[stage], defaults=TRAINER_DEFAULTS, args=["--config", str(file)])
     assert str(error.value).startswith(message)
+
+
+@dataclass
+class Lists:
+    """Fields of several numbers, and one that may be left out."""
+
+    n: list[int] = field(default_factory=list)
+    betas: list[float] = field(default_factory=list)
+    updates: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n": [4, 1.5]}, r"n \(\[4, 1.5\]\) must be a whole number, above 0"),
+        ({"n": [4, 0]}, r"n \(\[4, 0\]\) must be above 0"),
+        ({"n": []}, r"n \(\[\]\) must be a whole number, above 0"),
+        ({"betas": [0.1, math.nan]}, r"betas \(\[0.1, nan\]\) must be above 0"),
+        ({"updates": 1.5}, r"updates \(1.5\) must be a whole number, above 0"),
+    ],
+)
+def test_every_number_of_a_list_is_bounded(fields: dict[str, Any], message: str) -> None:
+    """Broken once: of a list `min` alone was looked at, which passes over NaN and 1.5."""
+    require(Lists(n=[1, 4], betas=[0.1, 1], updates=1), 0, "n", "betas", "updates", above=True)
+    with pytest.raises(UserError, match=message):
+        require(Lists(**fields), 0, *fields, above=True)
 
 
 def test_no_data_given() -> None:

@@ -100,8 +100,10 @@ def test_ours_is_the_stage_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_refusals(tmp_path: Path) -> None:
     """Seen to fail without each check."""
-    with pytest.raises(UserError, match=r"rounds \(0\) must be at least 1"):
+    with pytest.raises(UserError, match=r"rounds \(0\) must be 1 or more"):
         BenchConfig(rounds=0)
+    with pytest.raises(UserError, match=r"target_steps \(30.5\) must be a whole number"):
+        BenchConfig(target_steps=30.5)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"threads \(9999\) must be at most"):
         BenchConfig(threads=9999)
     with pytest.raises(UserError, match=r"no train.py there; give a checkout of nanoGPT"):

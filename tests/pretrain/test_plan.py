@@ -1,5 +1,6 @@
 """The plan against published sizes, PyTorch's counter of operations and its profiler of memory."""
 
+import math
 from typing import Any
 
 import pytest
@@ -140,5 +141,7 @@ def test_depth_sets_the_sizes() -> None:
     assert (twenty.hidden_size, twenty.num_attention_heads) == (1280, 10)
     with pytest.raises(UserError, match=r"depth \(3\) must be even"):
         ModelConfig(depth=3)
-    with pytest.raises(UserError, match=r"devices \(0\) must be above 0"):
+    with pytest.raises(UserError, match=r"devices \(0\) must be 1 or more"):
         PlanConfig(devices=0)
+    with pytest.raises(UserError, match=r"tflops \(nan\) must be above 0"):
+        PlanConfig(tflops=math.nan)

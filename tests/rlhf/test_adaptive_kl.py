@@ -90,5 +90,5 @@ def test_a_target_needs_a_reference(build: Build) -> None:
     """Broken once: check of beta removed."""
     with pytest.raises(UserError, match=r"target_kl \(2.0\) needs a beta \(0.0\)"):
         build(target_kl=2.0, beta=0.0)
-    with pytest.raises(UserError, match=r"kl_horizon \(0\) must be above 0"):
+    with pytest.raises(UserError, match=r"kl_horizon \(0\) must be 1 or more"):
         build(kl_horizon=0)

@@ -94,6 +94,8 @@ def test_a_failed_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         frontier.main()
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left == {"ppo_0.1_0.log", "setting.json"}
+    with pytest.raises(UserError, match=r"betas \(\[0.1, nan\]\) must be 0 or more"):
+        FrontierConfig(betas=[0.1, math.nan])
     with pytest.raises(UserError, match=r"methods \(trpo\) must be of ppo, rloo"):
         FrontierConfig(methods=["ppo", "trpo"])
     with pytest.raises(UserError, match=r"has data own\.jsonl: gold is arden's"):
