@@ -102,13 +102,9 @@ def train(
     net, *optimizers = accelerator.prepare(model, *optimizers)
     if accelerator.is_fsdp2:  # its checkpoints take each optimizer to have a model of its own
         accelerator._models = [net] * len(optimizers)
-    made = read_progress(config)
+    resumed = read_progress(config)
     step_windows = windows_per_step(config, accelerator)
-    if made.step_windows not in (None, step_windows):
-        raise UserError(
-            f"{config.output_dir} was begun with {made.step_windows} windows a step, and these "
-            f"{accelerator.num_processes} processes make {step_windows}: start as many as it had"
-        )
+    require_same_windows(resumed, step_windows, config, accelerator)
 
     def loss_uncompiled(*batch: Any) -> Tensor:
         return token_loss(net, *batch)
@@ -119,18 +115,18 @@ def train(
         net.zero_grad()
 
     passes = config.max_steps * config.gradient_accumulation_steps
-    wanted = config.torch_compile if made.compiled is None else made.compiled
+    wanted = config.torch_compile if resumed.compiled is None else resumed.compiled
     loss_of = compile_if_worth(loss_uncompiled, one_pass, passes, wanted, accelerator)
-    load_checkpoint(accelerator, config, made.step)
-    step, seconds = made.step, made.train_seconds
+    load_checkpoint(accelerator, config, resumed.step)
+    step, seconds = resumed.step, resumed.train_seconds
     main = accelerator.is_main_process
     if main:
         metrics.rewind(step)
     start_trackers(config, accelerator, step)
     progress = tqdm(total=config.max_steps, initial=step, disable=not main, unit="step")
     clock = time.perf_counter() - seconds  # runs while training, stands still while evaluating
-    figures: dict[str, float] = {}
     while step < config.max_steps:
+        figures: dict[str, float] = {}  # of this step's evaluation, if it has one
         rate = rate_at(step, config)
         for optimizer, full in zip(optimizers, full_rates, strict=True):
             for group in optimizer.param_groups:
@@ -140,20 +136,16 @@ def train(
             values = train_step(net, loss_of, optimizers, batches, config, accelerator)
         except FloatingPointError as error:
             where = describe_step(train_file, windows, step, config, accelerator)
-            rates = ", ".join(f"{full * rate:.3g}" for full in full_rates)
-            raise UserError(
-                f"{error} at step {step + 1} with learning rates {rates} (Muon's, AdamW's), on "
-                f"{where}: the weights are untouched and the last checkpoint stands; look at these "
-                "rows, or train anew with lower rates and --overwrite true"
-            ) from error
+            rates = [full * rate for full in full_rates]
+            raise UserError(describe_failure(error, step + 1, rates, where)) from error
         step += 1
         progress.update()
         seconds = time.perf_counter() - clock
+        tokens = step * step_windows * windows.block_size
         if step == config.max_steps or (config.eval_steps and step % config.eval_steps == 0):
             figures = evaluate(net, validation_file, config, accelerator, windows)
             clock = time.perf_counter() - seconds
         if step % config.logging_steps == 0 or figures:
-            tokens = step * step_windows * windows.block_size
             speed = gauge.read(tokens, seconds)
             progress.set_postfix(
                 loss=f"{values['loss']:.3f}",
@@ -168,10 +160,8 @@ def train(
             compiled = loss_of is not loss_uncompiled
             now = Progress(step, time.perf_counter() - clock, compiled, step_windows)
             save_checkpoint(accelerator, config, now)
-        final, figures = figures, {}
     progress.close()
-    tokens = step * step_windows * windows.block_size
-    return final | {"train_seconds": round(seconds, 1), "train_tokens": tokens}
+    return figures | {"train_seconds": round(seconds, 1), "train_tokens": tokens}
 
 
 def train_step(
@@ -216,6 +206,21 @@ def windows_per_step(config: PretrainConfig, accelerator: Accelerator) -> int:
     """Windows that one optimizer step trains on, over all processes."""
     per_device = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return per_device * accelerator.num_processes
+
+
+def require_same_windows(
+    resumed: Progress, step_windows: int, config: PretrainConfig, accelerator: Accelerator
+) -> None:
+    """Refuse to go on with steps of another size.
+
+    Raises:
+        UserError: the checkpoint's steps have more windows, or fewer.
+    """
+    if resumed.step_windows not in (None, step_windows):
+        raise UserError(
+            f"{config.output_dir} was begun with {resumed.step_windows} windows a step, and these "
+            f"{accelerator.num_processes} processes make {step_windows}: start as many as it had"
+        )
 
 
 def micro_batches(
@@ -263,6 +268,16 @@ def describe_step(
     named = f"rows {', '.join(map(str, rows))}, " if rows else ""
     tokens = ", ".join(f"{start}-{start + windows.block_size}" for start in starts)
     return f"{named}tokens {tokens} of train.bin"
+
+
+def describe_failure(error: Exception, step: int, rates: list[float], where: str) -> str:
+    """What to tell of a step that is not finite, counted from 1, and what to do about it."""
+    shown = ", ".join(f"{rate:.3g}" for rate in rates)
+    return (
+        f"{error} at step {step} with learning rates {shown} (Muon's, AdamW's), on {where}: the "
+        "weights are untouched and the last checkpoint stands; look at these rows, or train anew "
+        "with lower rates and --overwrite true"
+    )
 
 
 def token_loss(
