@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import common.reward_gpt  # noqa: F401 - so that Auto classes load it
+from common.batches import pad
 from common.errors import UserError
 from rlhf.ensemble import Ensemble
 
@@ -113,12 +114,8 @@ class TokenScorer:
     @torch.no_grad()
     def _score(self, rows: list[list[int]]) -> Tensor:
         """Score a batch at each row's last token, (b,) float32; padding at the right is unseen."""
-        padded = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(row) for row in rows],
-            batch_first=True,
-            padding_value=self.tokenizer.pad_token_id,
-        ).to(self.model.device)
-        return self.model(input_ids=padded, use_cache=False).logits[:, 0].float()
+        ids, _ = pad(rows, self.tokenizer.pad_token_id, "right", self.model.device)
+        return self.model(input_ids=ids, use_cache=False).logits[:, 0].float()
 
 
 class EnsembleScorer(TokenScorer):
