@@ -68,14 +68,16 @@ class PPOTrainer(ActorCriticTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """The next micro-batch; at the start of an update, from a new rollout."""
         step = self._step % self.args.micro_steps_per_update
+        place = step % self.args.steps_per_generation
         if step == 0:
             self._rollout, plan = self._generate_and_score_completions(generation_batch)
             self._estimate_advantages(self._rollout)
-        if step % self.args.steps_per_generation == 0:
-            if step > 0:
-                plan = self._plan(self._rollout)
-            self._micro_batches = list(self._cut(self._rollout, plan, is_first_epoch=step == 0))
-        return self._micro_batches[step % self.args.steps_per_generation]
+        elif place == 0:
+            plan = self._plan(self._rollout)
+        else:
+            return self._micro_batches[place]
+        self._micro_batches = list(self._cut(self._rollout, plan, is_first_epoch=step == 0))
+        return self._micro_batches[0]
 
     def _plan(self, rollout: Rollout) -> list[list[Tensor]]:
         return plan_micro_batches(
