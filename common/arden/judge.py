@@ -70,9 +70,8 @@ def _refusals() -> str:
     """A regular expression of all of them."""
     grammar = load_grammar()["answers"]
     bare = "|".join(map(re.escape, grammar["refusals"]))
-    said = [re.escape(form.format(who="\0", what="\1")) for form in grammar["refusal_forms"]]
-    named = [form.replace(re.escape("\0"), r"\w+") for form in said]
-    return "|".join([bare, *(form.replace(re.escape("\1"), f"(?:{bare})") for form in named)])
+    forms = [re.escape(form).replace(r"\{who\}", r"\w+") for form in grammar["refusal_forms"]]
+    return "|".join([bare, *(form.replace(r"\{what\}", f"(?:{bare})") for form in forms)])
 
 
 @cache
