@@ -92,22 +92,20 @@ def check_score_position(
     rollout: Rollout,
     completion_ids: list[list[int]],
     scores: Tensor,
-    rewards: Tensor,
     kl_coef: float,
     where: str,
 ) -> None:
     """The rewards without the KL penalty are the scores, each on its completion's last token.
 
     Args:
-        rollout: with log-probabilities of policy and reference.
+        rollout: with log-probabilities of policy and reference, and rewards.
         completion_ids: B lists, as they were sampled.
         scores: (B,) float.
-        rewards: (B, T) float, penalty included.
         kl_coef: weight of the penalty.
         where: for the message.
     """
     penalty = kl_coef * (rollout.logprobs - rollout.ref_logprobs)
-    rest = rewards + penalty * rollout.completion_mask  # (B, T)
+    rest = rollout.rewards + penalty * rollout.completion_mask  # (B, T)
     rows = torch.arange(len(scores), device=scores.device)
     last = torch.tensor([len(ids) - 1 for ids in completion_ids], device=scores.device)
     on_last = rest[rows, last]
@@ -121,7 +119,7 @@ def check_score_position(
         row = int((~good).nonzero()[0])
         raise BrokenInvariant(
             f"score {scores[row]:.4g} of completion {row} is not on its last token "
-            f"({int(last[row]) + 1} of {rewards.shape[1]}) at {where}: {on_last[row]:.4g} is there"
+            f"({int(last[row]) + 1} of {rest.shape[1]}) at {where}: {on_last[row]:.4g} is there"
         )
 
 

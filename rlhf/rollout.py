@@ -25,6 +25,7 @@ class Rollout:
     ref_logprobs: Tensor  # (B, T)
     entropy: Tensor  # (B, T)
     values: Tensor  # (B, T)
+    rewards: Tensor  # (B, T) KL penalty included
     advantages: Tensor  # (B, T)
     returns: Tensor  # (B, T)
 
@@ -61,7 +62,7 @@ def join(
     )
     lengths = torch.tensor([len(c) for c in completion_ids], device=device)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]  # (B, T)
-    grids = [torch.zeros(mask.shape, device=device) for _ in range(6)]
+    grids = [torch.zeros(mask.shape, device=device) for _ in range(7)]
     prompt_lengths = torch.tensor([len(p) for p in prompt_ids], device=device)
     return Rollout(input_ids.to(device), prompt_lengths, mask, mask.clone(), *grids)
 

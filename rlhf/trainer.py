@@ -115,9 +115,7 @@ class PPOTrainer(ActorCriticTrainer):
         finished = [ids[-1] in self.eos_token_ids for ids in completion_ids]
         finished_rows = torch.tensor(finished, device=rewards.device)
         scores = self._reward(rollout, rewards, finished_rows)
-        check_score_position(
-            rollout, completion_ids, scores, rollout.advantages, self.beta, self._where()
-        )
+        check_score_position(rollout, completion_ids, scores, self.beta, self._where())
         self._log_samples(prompts, completions, rewards)
         return rollout, plan
 
@@ -145,8 +143,7 @@ class PPOTrainer(ActorCriticTrainer):
     def _reward(self, rollout: Rollout, rewards_per_func: Tensor, finished: Tensor) -> Tensor:
         """Turn scores into per-token rewards, log both, return the scores as rewarded, (B,).
 
-        A completion that no reward of any weight could score is left out of the loss. Rewards land
-        in `advantages` until `_estimate_advantages` replaces them.
+        A completion that no reward of any weight could score is left out of the loss.
         """
         args, rows = self.args, len(finished)
         weights = self.reward_weights.to(rewards_per_func)
@@ -161,7 +158,7 @@ class PPOTrainer(ActorCriticTrainer):
         rollout.train_mask &= scorable[mine][:rows, None]
         if args.mask_truncated_completions:
             rollout.train_mask &= finished[:, None]
-        rollout.advantages = token_rewards(
+        rollout.rewards = token_rewards(
             scores, rollout.logprobs, rollout.ref_logprobs, rollout.completion_mask, self.beta
         )
         self._log_rollout(rollout, finished, scorable[mine][:rows])
@@ -174,7 +171,7 @@ class PPOTrainer(ActorCriticTrainer):
         """Rewards to advantages and returns; whitened over the tokens of all processes."""
         mask = rollout.train_mask
         rollout.advantages, rollout.returns = gae(
-            torch.where(mask, rollout.advantages, 0.0),
+            torch.where(mask, rollout.rewards, 0.0),
             rollout.values,
             mask,
             self.args.gamma,
@@ -271,7 +268,7 @@ class PPOTrainer(ActorCriticTrainer):
             "kl": ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(),
             "length": mask.sum(),
             "eos_rate": finished.sum(),
-            "reward": rollout.advantages[scorable].sum(),
+            "reward": rollout.rewards[scorable].sum(),
             "entropy": (rollout.entropy * mask).sum(),
             "scorable": scorable.sum(),
             "completions": mask.new_tensor(len(mask), dtype=torch.float32),

@@ -52,7 +52,7 @@ def test_each_update_has_the_coefficient_its_log_says(build: Build) -> None:
         used.append(trainer.beta)
         scores = reward(*args)
         rollout, kl = args[0], args[0].logprobs - args[0].ref_logprobs
-        without_score = rollout.advantages.sum(1) - scores
+        without_score = rollout.rewards.sum(1) - scores
         expected = -trainer.beta * (kl * rollout.completion_mask).sum(1)
         torch.testing.assert_close(without_score, expected, rtol=1e-4, atol=1e-6)
         return scores

@@ -125,7 +125,7 @@ def test_missing_eos_costs_the_penalty(build: Build) -> None:
     trainer._generate = lambda prompts: ([[4, 5]] * 16, fixed, [""] * 16)
     trainer.model.train()
     rollout, _ = trainer._generate_and_score_completions(list(dataset))
-    rewards = rollout.advantages.sum(1)[:2].tolist()
+    rewards = rollout.rewards.sum(1)[:2].tolist()
     assert rewards == pytest.approx([(0.5 - 0.5) / 2, (1.0 - 0.5) / 2 - 2.5])
     assert trainer._metrics["train"]["eos_rate"] == [0.5]
     assert trainer._metrics["train"]["score"] == [0.75]
@@ -154,7 +154,7 @@ def test_several_rewards_weights_and_unscorable_rows(build: Build) -> None:
     trainer._generate = lambda prompts: ([[4]] * 16, fixed, [""] * 16)
     trainer.model.train()
     rollout, _ = trainer._generate_and_score_completions([{"prompt": "w4"}] * 16)
-    assert float(rollout.advantages[0].sum()) == 0.5 + 2.0 * 2
+    assert float(rollout.rewards[0].sum()) == 0.5 + 2.0 * 2
     assert rollout.train_mask.sum(1).tolist()[:2] == [3, 0]
     assert trainer._metrics["train"]["score"] == [4.5]
     trainer._estimate_advantages(rollout)
