@@ -29,6 +29,7 @@ from common.tokenizer import hash_tokenizer, load_tokenizer
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers")
 MEASURED = "best_of_n.json"  # of a run's parent, by rlhf.best_of_n; it may lie there before the run
+TELLING = {"summary.json": 1, "manifest.json": 2}  # of a run, in the order in which they go
 _held: dict[Path, int] = {}  # directories that this process works in, and what locks them
 
 
@@ -144,26 +145,20 @@ class StageOutput:
         """Set the old run aside if there is work in it, else delete it.
 
         A finished run that lies aside already is not given up for one that was not finished. What
-        tells of the run moves last, so that a kill in between is made good by the next start.
+        tells of the run goes last, so that a kill in between is made good by the next start.
         """
-        aside, telling = self.path / "replaced", ("summary.json", "manifest.json")
-        finished, better = ((place / telling[0]).exists() for place in (self.path, aside))
-        begun = aside.exists() and not (aside / telling[1]).exists()
-        keep = begun or (self._holds_work() and (finished or not better))
+        aside = self.path / "replaced"
         entries = [entry for entry in self._entries() if entry != aside]
-        if keep:
-            if not begun:
-                shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(exist_ok=True)
-            print(f"{self.path}: the run that was there lies in {aside} until this one is finished")
-        last = {name: place for place, name in enumerate(telling, start=1)}
-        for entry in sorted(entries, key=lambda entry: last.get(entry.name, 0)):
-            if keep:
-                entry.rename(aside / entry.name)
-            elif entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+        entries.sort(key=lambda entry: TELLING.get(entry.name, 0))
+        interrupted = aside.exists() and not (aside / "manifest.json").exists()
+        better_aside, finished = ((place / "summary.json").exists() for place in (aside, self.path))
+        if interrupted:
+            _set_aside(entries, aside)
+        elif self._holds_work() and (finished or not better_aside):
+            shutil.rmtree(aside, ignore_errors=True)
+            _set_aside(entries, aside)
+        else:
+            _delete(entries)
 
     def _holds_work(self) -> bool:
         return (self.path / "summary.json").exists() or any(self.checkpoints.glob("*"))
@@ -229,6 +224,23 @@ class StageOutput:
     def settle(self) -> None:
         """The run is finished: the one that it replaced can go."""
         shutil.rmtree(self.path / "replaced", ignore_errors=True)
+
+
+def _set_aside(entries: list[Path], aside: Path) -> None:
+    """Move what a run has left, in this order."""
+    aside.mkdir(exist_ok=True)
+    print(f"{aside.parent}: the run that was there lies in {aside} until this one is finished")
+    for entry in entries:
+        entry.rename(aside / entry.name)
+
+
+def _delete(entries: list[Path]) -> None:
+    """Delete files, folders, and links but not what they lead to, in this order."""
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 class MetricsFile(TrainerCallback):
