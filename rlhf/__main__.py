@@ -57,15 +57,9 @@ def main() -> None:
     """Align the fine-tuned model, measure before and after, leave the artifacts."""
     config, args = parse_config(AlignConfig, PPOConfig, defaults=TRAINER_DEFAULTS)
     measure_as_trained(config, args)
+    keep_ptx_to_ppo(config, args)
     sources = {f"reward_{i}" if i else "reward": path for i, path in enumerate(config.models)}
-    hashes = {name: hash_function(name) for name in config.reward if is_function(name)}
-    if args.ptx_coef and config.method != "ppo":
-        if args.process_index == 0:
-            print(f"rlhf: the loss on pretraining text is PPO's, {config.method} goes without")
-        args.ptx_coef, args.ptx_data = 0.0, None
-    if args.ptx_coef:
-        hashes["ptx_data"] = TokenFile(args.ptx_data).info.sha256
-    stage = open_stage(config, args, hashes, **sources)
+    stage = open_stage(config, args, hash_functions_and_text(config, args), **sources)
     require_kind(stage.parent, scores=False)
     if stage.output.says_finished():
         return
@@ -80,34 +74,24 @@ def main() -> None:
     check_run(config.method, rewards, args, policy, tokenizer, prompts)
     rows = [*prompts, *measured_rows(stage.task, stage.parent, tokenizer, config)]
     score = make_scorer(rewards, weights, tokenizer, rows)
-    # the scale of scores is of prompts to train on: what is measured on is not looked at
     asked = list(prompts.shuffle(seed=0)["prompt"])[: config.eval_prompts]
-    known = known_scores(score(draw_chats(policy, tokenizer, asked, config.max_new_tokens)))
-    if not known:
-        raise UserError(f"reward ({', '.join(config.reward)}) has no number for any answer")
+    drawn = score(draw_chats(policy, tokenizer, asked, config.max_new_tokens))
+    set_scale(drawn, rewards, weights, config, args)
     with args.main_process_first():
         if args.process_index == 0:
             stage.output.start()
-    pairs = zip(rewards, weights, strict=True)
-    models = [reward for reward, weight in pairs if weight and is_model(reward)]
-    std = statistics.pstdev(known) if models else None  # a function's scale is its author's
-    args.scale_scores(statistics.fmean(known), std)
     before = measure(policy, policy, score, tokenizer, stage, config)
-    evaluates = args.eval_strategy != "no"
     if args.process_index == 0:
         room = f"{config.max_new_tokens} tokens of answer"
         print(f"rlhf: {len(prompts):,} prompts leave room for {room}")
+    wanted = stage.task, stage.parent, tokenizer, config, "dev", config.eval_prompts
     trainer: Any = build_trainer(
         config.method,
         rewards,
         args,
         model=str(stage.parent),
         train_dataset=prompts,
-        eval_dataset=align_prompts(
-            stage.task, stage.parent, tokenizer, config, "dev", config.eval_prompts
-        )
-        if evaluates
-        else None,
+        eval_dataset=align_prompts(*wanted) if args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         peft_config=lora(config.lora_r),
         callbacks=[MetricsFile(stage.output.path / "metrics.jsonl")],
@@ -118,12 +102,7 @@ def main() -> None:
         return
     model = plain_policy(trained)
     after = measure(model, policy, score, tokenizer, stage, config)
-    summary = {
-        f"{name}_{when}": value
-        for name in before
-        if name != "kl"
-        for when, value in (("before", before[name]), ("after", after[name]))
-    }
+    summary = compare(before, after)
     if config.best_of:
         summary |= measure_best_of(config.best_of, policy, score, tokenizer, stage, config)
     summary |= {"kl": after["kl"], "train_seconds": seconds}
@@ -132,6 +111,59 @@ def main() -> None:
     model.generation_config = policy.generation_config  # as it came, for whoever samples it next
     stage.output.finish(model, tokenizer, summary, samples)
     print_figures("rlhf", summary)
+
+
+def keep_ptx_to_ppo(config: AlignConfig, args: PPOConfig) -> None:
+    """Leave the loss on pretraining text out of other methods, which have none."""
+    if args.ptx_coef and config.method != "ppo":
+        if args.process_index == 0:
+            print(f"rlhf: the loss on pretraining text is PPO's, {config.method} goes without")
+        args.ptx_coef, args.ptx_data = 0.0, None
+
+
+def hash_functions_and_text(config: AlignConfig, args: PPOConfig) -> dict[str, str]:
+    """What the stage reads beside models and prompts: reward functions and pretraining text."""
+    hashes = {name: hash_function(name) for name in config.reward if is_function(name)}
+    if args.ptx_coef:
+        hashes["ptx_data"] = TokenFile(str(args.ptx_data)).info.sha256
+    return hashes
+
+
+def set_scale(
+    scores: list[float],
+    rewards: list[Any],
+    weights: list[float],
+    config: AlignConfig,
+    args: PPOConfig,
+) -> None:
+    """Take the scale of scores from those of the starting policy's answers.
+
+    Args:
+        scores: of prompts to train on: what is measured on is not looked at.
+        rewards, weights: by what they were given.
+        config: names the rewards, for the message.
+        args: PPO's configuration, whose scale is set.
+
+    Raises:
+        UserError: none is a number.
+    """
+    known = known_scores(scores)
+    if not known:
+        raise UserError(f"reward ({', '.join(config.reward)}) has no number for any answer")
+    pairs = zip(rewards, weights, strict=True)
+    by_model = any(weight and is_model(reward) for reward, weight in pairs)
+    std = statistics.pstdev(known) if by_model else None  # a function's scale is its author's
+    args.scale_scores(statistics.fmean(known), std)
+
+
+def compare(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """`<figure>_before` and `<figure>_after` of every figure but `kl`, which is 0 before."""
+    return {
+        f"{name}_{when}": figures[name]
+        for name in before
+        if name != "kl"
+        for when, figures in (("before", before), ("after", after))
+    }
 
 
 def write_samples(
