@@ -37,6 +37,7 @@ from common.scoring import score_chats
 from common.sharded import whole_model
 from common.stage import (
     TRAINER_DEFAULTS,
+    Stage,
     early_stopping,
     format_samples,
     open_stage,
@@ -80,21 +81,9 @@ def main() -> None:
     with args.main_process_first():  # the others then find them, or meet the same error
         collect(config, args, stage.task, folder)
     stops_by = [EVALUATED_ON] if args.eval_strategy != "no" else []
-    pairs: dict[str, Dataset] = {}
-    for split in dict.fromkeys(["train", config.evaluate_on, *stops_by]):
-        rows = load_ranked(folder / f"{split}.jsonl")
-        lengths = measure_lengths(rows, tokenizer, args.max_length)
-        if args.process_index == 0:
-            print(f"reward, {split}: {lengths}")
-        lengths.require_learnable(stage.parent, config.max_lost_share)
-        pairs[split] = keep_fitting(rows, lengths)
+    splits = list(dict.fromkeys(["train", config.evaluate_on, *stops_by]))
+    pairs = load_pairs(folder, splits, tokenizer, stage.parent, config, args)
     train, held_out = pairs["train"], pairs[config.evaluate_on]
-    without = [split for split, rows in pairs.items() if "margin" not in rows.column_names]
-    if config.margins and without:
-        raise UserError(
-            f"margins: the rankings in {folder} give no margin for {', '.join(without)}; give "
-            "--margins 0"
-        )
     torch.manual_seed(args.seed)  # of the new head
     trainer_class = GroupedRewardTrainer if config.pairs_together else RewardTrainer
     with refusing():
@@ -119,33 +108,41 @@ def main() -> None:
         side: score_chats(model, tokenizer, [row["prompt"] + row[side] for row in held_out])
         for side in ("chosen", "rejected")
     }
-    summary: dict[str, Any] = {"go": False, "no_go_reasons": [DIVERGED]}
-    report = write_verdict(summary)
-    chosen, rejected = scores["chosen"], scores["rejected"]
-    if all(map(math.isfinite, chosen + rejected)):
-        probabilities = label_probabilities(held_out, chosen, rejected)
-        by_data, judge = config.labeller == BY_DATA, None
-        arden = stage.task if isinstance(stage.task, ArdenTask) else None
-        if arden and (by_data or config.labeller_is_model):
-            judge = arden.gold_reward  # of a file's own prompts he would know nothing
-        simulated = arden is not None and by_data
-        summary = measure(model, tokenizer, judge, simulated, held_out, scores, probabilities)
-        report = write_report(summary, held_out, chosen, rejected, probabilities)
-        plot = draw_reliability(reliability(probabilities))
-        write_text(stage.output.path / "reliability.svg", plot)
+    summary, report = assess(model, tokenizer, config, stage, held_out, scores)
     summary |= {"pairs": len(train), "train_seconds": seconds}
     write_text(stage.output.path / "report.md", report)
-    shown = list(held_out.select(range(min(20, len(held_out)))))
-    samples = format_samples(
-        "Held-out pairs: score of the chosen, then of the rejected answer",
-        [row["prompt"][-1]["content"] for row in shown],
-        [
-            [f"{scores[side][place]:+.2f} {row[side][0]['content']}" for side in scores]
-            for place, row in enumerate(shown)
-        ],
-    )
-    stage.output.finish(model, tokenizer, summary, samples)
+    stage.output.finish(model, tokenizer, summary, write_samples(held_out, scores))
     print_figures("reward", summary)
+
+
+def load_pairs(
+    folder: Path,
+    splits: list[str],
+    tokenizer: PreTrainedTokenizerFast,
+    parent: Path,
+    config: RewardModelConfig,
+    args: RewardConfig,
+) -> dict[str, Dataset]:
+    """The rankings of each split that fit into `max_length`.
+
+    Raises:
+        UserError: too much would be lost, or there is no margin where margins are asked for.
+    """
+    pairs = {}
+    for split in splits:
+        rows = load_ranked(folder / f"{split}.jsonl")
+        lengths = measure_lengths(rows, tokenizer, args.max_length)
+        if args.process_index == 0:
+            print(f"reward, {split}: {lengths}")
+        lengths.require_learnable(parent, config.max_lost_share)
+        pairs[split] = keep_fitting(rows, lengths)
+    without = [split for split, rows in pairs.items() if "margin" not in rows.column_names]
+    if config.margins and without:
+        raise UserError(
+            f"margins: the rankings in {folder} give no margin for {', '.join(without)}; give "
+            "--margins 0"
+        )
+    return pairs
 
 
 def build_scorer(
@@ -183,6 +180,47 @@ def keep_fitting(pairs: Dataset, lengths: LengthReport) -> Dataset:
             f"has {lengths.longest:,}: raise max_length, or give more rows"
         )
     return pairs.select(fitting)
+
+
+def assess(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    config: RewardModelConfig,
+    stage: Stage,
+    held_out: Dataset,
+    scores: dict[str, list[float]],
+) -> tuple[dict[str, Any], str]:
+    """The figures of the held-out pairs' scores, with the verdict, and the report on them.
+
+    Beside it draws `reliability.svg`. Of a model that has diverged there are no figures.
+    """
+    chosen, rejected = scores["chosen"], scores["rejected"]
+    if not all(map(math.isfinite, chosen + rejected)):
+        summary: dict[str, Any] = {"go": False, "no_go_reasons": [DIVERGED]}
+        return summary, write_verdict(summary)
+    probabilities = label_probabilities(held_out, chosen, rejected)
+    by_data, gold = config.labeller == BY_DATA, None
+    arden = stage.task if isinstance(stage.task, ArdenTask) else None
+    if arden and (by_data or config.labeller_is_model):
+        gold = arden.gold_reward  # of a file's own prompts the judge would know nothing
+    simulated = arden is not None and by_data
+    summary = measure(model, tokenizer, gold, simulated, held_out, scores, probabilities)
+    plot = draw_reliability(reliability(probabilities))
+    write_text(stage.output.path / "reliability.svg", plot)
+    return summary, write_report(summary, held_out, chosen, rejected, probabilities)
+
+
+def write_samples(held_out: Dataset, scores: dict[str, list[float]]) -> str:
+    """The first held-out pairs, and what each of their answers scores."""
+    shown = list(held_out.select(range(min(20, len(held_out)))))
+    return format_samples(
+        "Held-out pairs: score of the chosen, then of the rejected answer",
+        [row["prompt"][-1]["content"] for row in shown],
+        [
+            [f"{scores[side][place]:+.2f} {row[side][0]['content']}" for side in scores]
+            for place, row in enumerate(shown)
+        ],
+    )
 
 
 def measure(
