@@ -30,7 +30,7 @@ import yaml
 from common.artifacts import MEASURED, hash_model, read_json, write_json, write_text
 from common.config import parse_config, require, run
 from common.errors import UserError
-from rlhf.frontier_plot import plot_frontier
+from rlhf.frontier_plot import by_setting, plot_frontier
 from rlhf.methods import METHODS
 
 BEST_OF_N = "best_of_n"
@@ -222,16 +222,12 @@ def collect(folder: Path) -> list[Row]:
 
 def write_table(rows: list[Row]) -> str:
     """Markdown: means over seeds, with the standard deviation where there are several."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        setting = f"n {row['n']}" if row["n"] else f"beta {row['kl_coefficient']:g}"
-        groups.setdefault((row["method"], setting), []).append(row)
     columns = ("kl", *FIGURES)
     lines = [
         "| method | | seeds | " + " | ".join(columns) + " |",
         "|---" * (3 + len(columns)) + "|",
     ]
-    for (method, setting), group in groups.items():
+    for (method, setting), group in by_setting(rows).items():
         cells = [show([row[name] for row in group]) for name in columns]
         lines.append(f"| {method} | {setting} | {len(group)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -49,6 +49,15 @@ def plot_frontier(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def by_setting(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The runs of each method and setting (`n 4`, `beta 0.1`), in the order of the rows."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        setting = f"n {row['n']}" if row["n"] else f"beta {row['kl_coefficient']:g}"
+        groups.setdefault((row["method"], setting), []).append(row)
+    return groups
+
+
 class Panel:
     """One pair of axes: KL from 0 to `right`, by its root, and a figure from `low` to `high`."""
 
@@ -93,17 +102,13 @@ class Panel:
             f'fill="{colour}" opacity="0.4"/>'
             for row in rows
         ]
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            setting = f"n {row['n']}" if row["n"] else f"{row['kl_coefficient']:g}"
-            groups.setdefault(setting, []).append(row)
         means = sorted(
             (
                 statistics.fmean(row["kl"] for row in group),
                 statistics.fmean(row[figure] for row in group),
-                setting,
+                setting.removeprefix("beta "),
             )
-            for setting, group in groups.items()
+            for (_, setting), group in by_setting(rows).items()
         )
         points = " ".join(f"{self.x(kl):.1f},{self.y(value):.1f}" for kl, value, _ in means)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}"/>')
