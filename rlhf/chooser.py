@@ -18,10 +18,7 @@ class Chooser:
 
     def best(self, questions: list[str] | list[Chat], n: int) -> list[tuple[str, float]]:
         """For each question, or conversation that ends in one, the best of n answers, its score."""
-        asked = {json.dumps(as_chat(question)): as_chat(question) for question in questions}
-        new = {key: chat for key, chat in asked.items() if key not in self.drawn}
-        if new:
-            self._draw(new)
+        self.draw(questions)
         chosen = []
         for question in questions:
             answers, scores = self.all_of(question)
@@ -30,10 +27,15 @@ class Chooser:
         return chosen
 
     def all_of(self, question: str | Chat) -> tuple[list[str], list[float]]:
-        """Every answer that was drawn to a question, and their scores."""
+        """Every answer that `draw` drew to a question, and their scores."""
         return self.drawn[json.dumps(as_chat(question))]
 
-    def _draw(self, asked: dict[str, Chat]) -> None:
+    def draw(self, questions: list[str] | list[Chat]) -> None:
+        """Draw and score answers to the questions that have none yet."""
+        asked = {json.dumps(as_chat(question)): as_chat(question) for question in questions}
+        asked = {key: chat for key, chat in asked.items() if key not in self.drawn}
+        if not asked:
+            return
         several = generate_answers(
             self.model,
             self.tokenizer,

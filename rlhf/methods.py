@@ -213,7 +213,7 @@ def preferences(chooser: Chooser, prompts: list[Chat]) -> Dataset:
     A draw that no reward has a number for is neither.
     """
     rows = []
-    chooser.best(prompts, 1)
+    chooser.draw(prompts)
     for prompt in prompts:
         answers, scores = chooser.all_of(prompt)
         known = [place for place, score in enumerate(scores) if not math.isnan(score)]
