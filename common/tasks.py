@@ -82,9 +82,17 @@ def load_task(
             prompts carry along), of which each kind takes its own.
     """
     require_data(data, options.get("columns"))
-    keep = options.get("keep", ())
-    if keep and (data in ("arden", "shakespeare") or options.get("plays")):
-        raise UserError(f"keep_columns ({', '.join(keep)}): {data} has none, they are of own rows")
+    keep, skip = options.get("keep", ()), options.get("skip_faulty_rows", 0)
+    share = options.get("validation_fraction", HELD_OUT_SHARE)
+    of_rows = {
+        "keep_columns": keep,
+        "columns": options.get("columns"),
+        "validation_fraction": share != HELD_OUT_SHARE,
+        "skip_faulty_rows": skip,
+    }
+    given = ", ".join(name for name, value in of_rows.items() if value)
+    if given and (data in ("arden", "shakespeare") or options.get("plays")):
+        raise UserError(f"{given}: of one's own rows, {data} has none; leave it out")
     if taken := {"prompt", "source"} & set(keep):
         raise UserError(f"keep_columns ({', '.join(sorted(taken))}): the name is taken")
     if data == "arden":
@@ -97,8 +105,7 @@ def load_task(
         sources = read_mixture(data)
     else:
         sources = [Source(data, columns=options.get("columns"))]
-    share = options.get("validation_fraction", HELD_OUT_SHARE)
-    return FileTask(sources, share, options.get("skip_faulty_rows", 0), keep)
+    return FileTask(sources, share, skip, keep)
 
 
 def require_data(data: Any, columns: Any) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from common.tasks import PlaysTask, load_task
 
 SPEAKERS = "ANN", "BOB", "CAL"
@@ -101,3 +102,18 @@ def test_samples_show_short_prompts(tmp_path: Path) -> None:
     long_ones = tmp_path / "long.jsonl"
     long_ones.write_text("".join(json.dumps(row) + "\n" for row in rows[1::2]), encoding="utf-8")
     assert len(load_task(str(long_ones), validation_fraction=0.5).sample_questions()) == 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"keep": ["answer"]},
+        {"columns": {"prompt": "frage"}},
+        {"validation_fraction": 0.5},
+        {"skip_faulty_rows": 3},
+    ],
+)
+@pytest.mark.parametrize("data", [{"data": "arden"}, {"data": "play.txt", "plays": True}])
+def test_what_is_of_own_rows_is_refused_elsewhere(data: dict, given: dict) -> None:
+    with pytest.raises(UserError, match="of one's own rows"):
+        load_task(**data, **given)
