@@ -1,5 +1,6 @@
 """The training loop when something goes wrong: numbers, a kill, no compiler."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,10 @@ from transformers import PreTrainedModel
 from common.errors import UserError
 from common.token_file import TokenFile, write_token_file
 from common.tokenizer import train_characters
+from common.windows import evaluation_spans
 from pretrain.__main__ import make_model
 from pretrain.config import ModelConfig, PretrainConfig
-from pretrain.train import Windows, describe_step, rate_at, train
+from pretrain.train import Windows, describe_step, evaluate, rate_at, train
 
 Toy = tuple[PreTrainedModel, TokenFile, PretrainConfig]
 
@@ -136,3 +138,24 @@ def test_goes_on_compiled_as_it_began(
     for _ in range(2):
         train(model, file, file, config, Accelerator())
     assert asked == [None, True]
+
+
+def test_evaluation_sums_over_tokens(toy: Toy, tmp_path: Path) -> None:
+    """Documents of many lengths, span by span. Seen to fail with a mean of the batches' means, with
+    padding counted, and with nats in place of bits."""
+    model, _, config = toy
+    texts = ["the cat sat " * (1 + i % 4) + "at" * (i % 7) for i in range(20)]
+    write_token_file(texts, train_characters(["the cat sat"]), tmp_path / "v.bin", documents=True)
+    file = TokenFile(tmp_path / "v.bin")
+    torch.nn.init.normal_(model.lm_head.weight)  # so that some tokens are likelier than others
+    nats = 0.0
+    for start, end in evaluation_spans(file.tokens, 16, model.config.bos_token_id):
+        ids = torch.tensor(file.tokens[start : end + 1].astype("int64"))
+        logits = model(input_ids=ids[None, :-1]).logits[0]
+        nats += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+    bits_per_byte = nats / math.log(2) / len("".join(texts).encode())
+    for size in (1, 3, 64):
+        part = replace(config, per_device_eval_batch_size=size)
+        figures = evaluate(model, file, part, Accelerator())
+        assert figures["val_loss"] == pytest.approx(nats / (len(file) - 1), rel=1e-5)
+        assert figures["val_bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-5)
