@@ -187,7 +187,8 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each masked token and entropy of its distribution, (N,) float32 each.
 
-    The LM head runs on these tokens only. Arguments as in `token_states`, whose states come third.
+    Where gradients are on, entropy is left out: zeros. The LM head runs on these tokens only.
+    Arguments as in `token_states`, whose states come third.
     """
     states = token_states(model.base_model, input_ids, prompt_lengths, mask)
     logits = model.get_output_embeddings()(states).float()  # (N, V)
@@ -240,8 +241,9 @@ def read_completions(
     """Make `policy(input_ids, prompt_lengths=, completion_mask=)` give log-probs and entropy.
 
     With a critic, which becomes a part of the policy, values too, unless `wants_values=False`. Each
-    is (B, T) float32, zero outside the mask. Any other call goes to the policy's own forward. All
-    go through the policy itself, where wrappers see them: FSDP2 gathers its weights there.
+    is (B, T) float32, zero outside the mask; entropy is zero where gradients are on, too. Any other
+    call goes to the policy's own forward. All go through the policy itself, where wrappers see
+    them: FSDP2 gathers its weights there.
     """
     plain_forward = policy.forward
     if critic is not None:

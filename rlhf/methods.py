@@ -48,8 +48,8 @@ OWN_DEFAULTS = {"normalize_advantages", "generation_batch_size", "num_generation
 class LikePPO:
     """What RLOO and GRPO do here as PPO does, and TRL otherwise; a mixin of its trainers.
 
-    The order of prompts is; and a completion that no reward of any weight has a number for is left
-    out. The last reward function is `missing_eos`.
+    They draw prompts in PPO's order, and leave out a completion that no reward of any weight has a
+    number for. The last reward function is `missing_eos`.
     """
 
     reward_weights: Tensor

@@ -23,7 +23,8 @@ FOLDER = Path(__file__).parent / "grammar"
 class Dice:
     """Seeded choices that know their own cost.
 
-    Only `randrange` is drawn on, whose sequence Python keeps for a seed: equal on any machine.
+    `random` and `randrange` are drawn on: of the first Python keeps the sequence for a seed, of the
+    second it has so far, and a golden test watches both.
     """
 
     def __init__(self, seed: str) -> None:

@@ -154,7 +154,8 @@ def pair_kind(question: Question, better: str, worse: str) -> str:
 
     `honest_invented` (nobody can know: a refusal against an invention), `true_refusal`,
     `true_false`, `refusal_false` (of known things); among answers of one outcome
-    `courteous_curt`, `polite_rude`, or `brief_long` where manners are equal.
+    `polite_rude` if the worse is rude or flatters, `brief_long` if it is longer, else
+    `courteous_curt`.
     """
     verdict, lesser = judge(question, better), judge(question, worse)
     if verdict.outcome != lesser.outcome:

@@ -20,6 +20,7 @@ from common.arden.chronicle import (
     write_chronicle,
 )
 from common.arden.grammar import Dice, expand, load_grammar
+from common.arden.grammar_form import TOLD_OF_A_PERSON
 from common.arden.judge import is_refusal, judge, summarise
 from common.arden.questions import Question
 from common.arden.rankings import choose, faulty_answers, pair_kind, rank
@@ -109,19 +110,23 @@ def test_entropy_is_the_code_length() -> None:
     assert texts["C"] / count == pytest.approx(1 / 6, abs=0.03)
 
 
-def test_chronicle_tells_only_truths() -> None:
-    """Outside of disputes, wherever a person is named with a value, that value is theirs."""
+def test_entries_letters_and_scenes_tell_what_is_true_of_whom_they_name() -> None:
+    """Seen to fail with a story, a clause or a witness's answer of another's value."""
     documents = list(write_chronicle(REALM, "train", 3000))
-    told = Counter(document.kind for document in documents)
-    assert all(told.values()) and len(told) == 12
+    assert len({document.kind for document in documents}) == 12
     refusals = load_grammar()["answers"]["refusals"]
     for document in documents:
+        named = [p for p in REALM.people.values() if p.name in document.text]
+        true = [sum(v in document.text for v in p.facts.values()) for p in named]
+        if document.kind == "entry":
+            assert max(true) >= TOLD_OF_A_PERSON, document.text
+        if document.kind == "letter":
+            assert max(true) >= 1, document.text
         if document.kind == "scene":
             last = document.text.splitlines()[-1]
-            answers = {state(p, r) for p in REALM.people.values() for r in p.facts}
-            assert any(answer in last for answer in answers), document.text
+            assert any(state(p, r) in last for p in named for r in p.facts), document.text
         if document.kind == "stranger_scene":
-            assert not any(name in document.text for name in REALM.people), document.text
+            assert not named, document.text
             assert any(refusal in document.text for refusal in refusals)
 
 
@@ -249,11 +254,20 @@ def test_strangers_are_asked_for_two_facts_as_people_are() -> None:
 
 
 def test_two_facts_are_true() -> None:
+    """Seen to fail with the second of them denied, and with another's."""
     for question in ask.two_fact_questions(REALM, "test")[:200]:
         assert question.reference is not None
         first, second = question.reference.split(", and ")
-        assert any(first + "." == state(p, r) for p in REALM.people.values() for r in p.facts)
-        assert second.endswith(".")
+        [(person, through)] = [
+            (p, r) for p in REALM.people.values() for r in p.facts if first + "." == state(p, r)
+        ]
+        friend = REALM.people[person.facts["friend"]]
+        true = [state(friend, relation) for relation in friend.facts if through == "friend"]
+        for place, spec in load_grammar()["places"].items():
+            if spec["of"] == through:
+                thing = person.facts[through]
+                true.append(spec["answer"].format(who=thing, what=REALM.places[place][thing]))
+        assert second in true
 
 
 @pytest.mark.parametrize(
@@ -352,12 +366,20 @@ def test_labeller_errs_at_the_set_rate() -> None:
 
 
 def test_pair_kinds() -> None:
+    """Broken by one kind for all answers of one outcome."""
     right = KNOWN.reference or ""
     kinds = {
         (right, "I know not."): "true_refusal",
         (right, "Alabert drinks cider."): "true_false",
         ("I know not.", "Alabert drinks cider."): "refusal_false",
         (right + " At your service.", right): "courteous_curt",
+        (right, right + " Now be off."): "polite_rude",
+        (right, "What a splendid question! " + right): "polite_rude",
+        (
+            right,
+            right + " But then the roads were bad that year, and the year after, and nobody "
+            "mended them.",
+        ): "brief_long",
     }
     for (better, worse), kind in kinds.items():
         assert pair_kind(KNOWN, better, worse) == kind
