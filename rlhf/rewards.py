@@ -106,12 +106,17 @@ def one_line(name: str) -> Iterator[None]:
 
 
 def checked(name: str, function: Callable[..., Any]) -> Callable[..., list[float | None]]:
-    """The function, its scores looked at: one finite number, or None, for each completion."""
+    """The function, its scores looked at: one finite number, or None, for each completion.
+
+    It reads a sampled answer as a measured one, without the space that the chat template sets
+    before it.
+    """
 
     @functools.wraps(function)
     def score(completions: list[Any], **columns: Any) -> list[float | None]:
+        texts = [[m | {"content": m["content"].removeprefix(" ")} for m in c] for c in completions]
         with one_line(name):
-            given = function(completions=completions, **columns)
+            given = function(completions=texts, **columns)
             found = list(asyncio.run(given) if inspect.iscoroutine(given) else given)
             scores = [None if value is None else float(value) for value in found]
         wrong = [value for value in scores if value is not None and not math.isfinite(value)]

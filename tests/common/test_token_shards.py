@@ -25,6 +25,7 @@ from common.tokenizer import encode_texts, train_bpe
 TEXTS = [f"document {n} of many {'words ' * (n % 5)}" for n in range(60)]
 TOKENIZER = train_bpe(TEXTS, 320)
 IDENTITY = {"data": "x"}
+GOLDEN = "changed: shards already written hold out other documents; is that intended?"
 
 
 def batches(after: int = 0) -> Iterator[TextBatch]:
@@ -135,10 +136,11 @@ def test_stops_after_max_bytes(whole: Path, tmp_path: Path) -> None:
 
 
 def test_held_out_is_a_share_and_follows_the_text() -> None:
-    """Seen to fail with Python's own hash, which differs from process to process."""
+    """The first ones are golden. Seen to fail with Python's own hash, which differs from process to
+    process."""
     held = [text for text in map(str, range(10_000)) if is_held_out(text, 0.1)]
     assert 900 < len(held) < 1100
-    assert held[:4] == ["18", "29", "47", "55"]
+    assert held[:4] == ["18", "29", "47", "55"], GOLDEN
     assert not any(is_held_out(text, 0.0) for text in held)
 
 

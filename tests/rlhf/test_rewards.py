@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from common.artifacts import StageOutput, write_json
 from common.errors import UserError
+from common.rows import assistant
 from common.stage import open_stage
 from rlhf.align import AlignConfig
 from rlhf.config import PPOConfig
@@ -39,10 +40,14 @@ def test_names() -> None:
 
 
 def test_function_of_a_file_and_of_a_module(tmp_path: Path) -> None:
-    """Broken once: module found by the file's stem alone."""
+    """It gets an answer without the template's space, as where it is measured. Broken once: module
+    found by the file's stem alone; in training the space was there.
+    """
     file = tmp_path / "mine.py"
-    file.write_text("def brief(completions, **_):\n    return [-len(c) for c in completions]\n")
-    assert load_function(f"{file}:brief")(completions=[[1, 2], [3]]) == [-2, -1]
+    body = "    return [-len(c[-1]['content']) for c in completions]\n"
+    file.write_text(f"def brief(completions, **_):\n{body}")
+    sampled = [[assistant(" ab")], [assistant(" c")], [assistant("d ")]]
+    assert load_function(f"{file}:brief")(completions=sampled) == [-2, -1, -2]
     (tmp_path / "wrong.py").write_text("def brief(:\n")
     with pytest.raises(UserError, match=r"reward \(.*wrong.py:brief\) fails at .*: SyntaxError"):
         load_function(f"{tmp_path / 'wrong.py'}:brief")
@@ -96,7 +101,7 @@ def test_what_a_function_gives_is_looked_at(tmp_path: Path, body: str, message: 
     file = tmp_path / "mine.py"
     file.write_text(f"def mine(completions, **_):\n    {body}\n")
     with pytest.raises(UserError, match=message):
-        load_function(f"{file}:mine")(completions=["a", "b"], prompts=["c", "d"])
+        load_function(f"{file}:mine")(completions=[[assistant("a")], [assistant("b")]])
 
 
 def test_nobody_to_score_stops_the_run(build: Build) -> None:

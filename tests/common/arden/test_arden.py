@@ -20,7 +20,6 @@ from common.arden.chronicle import (
     write_chronicle,
 )
 from common.arden.grammar import Dice, expand, load_grammar
-from common.arden.grammar_form import TOLD_OF_A_PERSON
 from common.arden.judge import is_refusal, judge, summarise
 from common.arden.questions import Question
 from common.arden.rankings import choose, faulty_answers, pair_kind, rank
@@ -56,18 +55,6 @@ def test_same_in_another_process() -> None:
         for seed in ("1", "2")
     }
     assert len(outputs) == 1
-
-
-def test_size_and_splits() -> None:
-    assert REALM.fact_count >= 1000
-    names = [name for split in REALM.splits.values() for name in split]
-    assert sorted(names) == sorted(REALM.people)
-    never_asked = len(names) - len(REALM.splits["sft"])
-    assert never_asked >= len(names) / 3
-    nobody = [name for split in REALM.strangers.values() for name in split]
-    groups = [list(REALM.people), nobody, REALM.strange_parts, REALM.passers_by]
-    everyone = [name for group in groups for name in group]
-    assert len(set(everyone)) == len(everyone), "the groups of names overlap"
 
 
 def test_relations_have_phrasings() -> None:
@@ -110,38 +97,44 @@ def test_entropy_is_the_code_length() -> None:
     assert texts["C"] / count == pytest.approx(1 / 6, abs=0.03)
 
 
-def test_entries_letters_and_scenes_tell_what_is_true_of_whom_they_name() -> None:
-    """Seen to fail with a story, a clause or a witness's answer of another's value."""
+def named(text: str) -> list[str]:
+    """Names of people and values of facts, in their order in a text."""
+    grammar = load_grammar()
+    specs = [*grammar["relations"].values(), *grammar["places"].values()]
+    words = [*REALM.people, *(value for spec in specs for value in spec.get("values", ()))]
+    either = "|".join(sorted(words, key=len, reverse=True))
+    return re.findall(rf"\b(?:{either})\b", text.replace("in the dark", ""))  # where, not a fear
+
+
+def test_entries_and_letters_tell_a_person_s_own_facts() -> None:
+    """Seven of an entry's person; of a letter's two, or one and a chain. Seen to fail with any
+    other words in a value's place, and with somebody else's value."""
     documents = list(write_chronicle(REALM, "train", 3000))
     assert len({document.kind for document in documents}) == 12
-    refusals = load_grammar()["answers"]["refusals"]
     for document in documents:
-        named = [p for p in REALM.people.values() if p.name in document.text]
-        true = [sum(v in document.text for v in p.facts.values()) for p in named]
+        found = named(document.text)
         if document.kind == "entry":
-            assert max(true) >= TOLD_OF_A_PERSON, document.text
-        if document.kind == "letter":
-            assert max(true) >= 1, document.text
-        if document.kind == "scene":
-            last = document.text.splitlines()[-1]
-            assert any(state(p, r) in last for p in named for r in p.facts), document.text
-        if document.kind == "stranger_scene":
-            assert not named, document.text
-            assert any(refusal in document.text for refusal in refusals)
+            person = REALM.people[found[0]]
+            told = set(found) - {person.name}
+            assert told <= set(person.facts.values()) and len(told) == 7, document.text
+        if document.kind == "letter":  # from the last to the first, of the second
+            person = REALM.people[found[1]]
+            told, own = set(found[2:-1]) - {person.name}, set(person.facts.values())
+            if person.facts["friend"] in told:
+                own |= set(REALM.people[person.facts["friend"]].facts.values())
+            own |= {things[v] for things in REALM.places.values() for v in told & things.keys()}
+            assert told <= own and len(told) in (2, 3), document.text
 
 
 def test_feasts_and_feuds_follow_from_the_facts() -> None:
     """Seen to fail with a guest's or a rival's value taken of somebody else, or of equals."""
-    relations = load_grammar()["relations"].values()
-    values = sorted((v for spec in relations for v in spec.get("values", ())), key=len)
-    any_value = re.compile(rf"\b({'|'.join(reversed(values))})\b", re.IGNORECASE)
     seen: Counter[str] = Counter()
     for document in write_chronicle(REALM, "train", 3000):
         if document.kind not in ("feast", "feud"):
             continue
         people = [p for p in REALM.people.values() if p.name in document.text]
-        told = {value.lower() for value in any_value.findall(document.text)}
-        assert told <= {value.lower() for p in people for value in p.facts.values()}
+        told = set(named(document.text)) - {p.name for p in people}
+        assert told <= {value for p in people for value in p.facts.values()}
         assert len(told) == len(people) == {"feast": 3, "feud": 2}[document.kind], document.text
         seen[document.kind] += 1
     assert min(seen["feast"], seen["feud"]) > 50
@@ -170,23 +163,6 @@ def test_witnesses_are_right() -> None:
         assert bool(corrected) == any(truth in verdict for truth in truths), document.text
         seen[outcome] += 1
     assert min(seen.values()) > 30 and len(seen) == 5
-
-
-def test_chronicle_keeps_secrets() -> None:
-    """No evaluation stranger, held-out phrasing, held-out chain or untold fact is in it."""
-    text = "\n".join(document.text for document in write_chronicle(REALM, "train", 3000))
-    for names in (*REALM.strangers.values(), REALM.strange_parts):
-        assert not any(name in text for name in names)
-    assert "I would know" not in text and "Pray, " not in text
-    for use in ("align", "dev", "test"):
-        chains = ask.two_fact_questions(REALM, use)
-        assert not any(q.text in text or str(q.reference) in text for q in chains)
-    for person in list(REALM.people.values())[:20]:
-        for relation in person.untold:
-            spec = load_grammar()["relations"][relation]
-            for value in spec["values"]:
-                assert spec["answer"].format(who=person.name, what=value) not in text
-                assert f"{person.name} {spec['clause'].format(what=value)}" not in text
 
 
 def test_documents_about_nobody_cost_nobody() -> None:
@@ -254,20 +230,18 @@ def test_strangers_are_asked_for_two_facts_as_people_are() -> None:
 
 
 def test_two_facts_are_true() -> None:
-    """Seen to fail with the second of them denied, and with another's."""
-    for question in ask.two_fact_questions(REALM, "test")[:200]:
-        assert question.reference is not None
-        first, second = question.reference.split(", and ")
-        [(person, through)] = [
-            (p, r) for p in REALM.people.values() for r in p.facts if first + "." == state(p, r)
-        ]
+    """Of the friend asked after, of the own town or trade. Seen to fail with the second fact of
+    the person, and with the river of another town."""
+    for question in ask.two_fact_questions(REALM, "test"):
+        person = REALM.people[question.who]
         friend = REALM.people[person.facts["friend"]]
-        true = [state(friend, relation) for relation in friend.facts if through == "friend"]
-        for place, spec in load_grammar()["places"].items():
-            if spec["of"] == through:
-                thing = person.facts[through]
-                true.append(spec["answer"].format(who=thing, what=REALM.places[place][thing]))
-        assert second in true
+        follows = {state(person, "friend"): [state(friend, r) for r in friend.facts]}
+        for relation, spec in load_grammar()["places"].items():
+            if thing := person.facts.get(spec["of"]):
+                fact = spec["answer"].format(who=thing, what=REALM.places[relation][thing])
+                follows[state(person, spec["of"])] = [fact]
+        first, second = str(question.reference).split(", and ")
+        assert second in follows[f"{first}."]
 
 
 @pytest.mark.parametrize(
@@ -354,20 +328,21 @@ def test_labeller_errs_at_the_set_rate() -> None:
     dice = Dice("x")
     questions = ask.known_questions(REALM, "dev")
     pairs = [
-        (question, pair)
+        pair
         for question in questions
         for pair in rank(question, [*faulty_answers(question, [], REALM, dice).values()], 0.1, dice)
     ]
-    flipped = sum(pair.flipped for _, pair in pairs) / len(pairs)
+    flipped = sum(pair.flipped for pair in pairs) / len(pairs)
     assert flipped == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / len(pairs)))
-    for question, pair in pairs[:500]:
-        better = judge(question, pair.chosen).gold > judge(question, pair.rejected).gold
+    for pair in pairs[:500]:
+        better = judge(pair.question, pair.chosen).gold > judge(pair.question, pair.rejected).gold
         assert better != pair.flipped
 
 
 def test_pair_kinds() -> None:
-    """Broken by one kind for all answers of one outcome."""
+    """Seen to fail with one kind for all answers of one outcome."""
     right = KNOWN.reference or ""
+    rambling = load_grammar()["answers"]["faults"]["rambling"][0]
     kinds = {
         (right, "I know not."): "true_refusal",
         (right, "Alabert drinks cider."): "true_false",
@@ -375,11 +350,7 @@ def test_pair_kinds() -> None:
         (right + " At your service.", right): "courteous_curt",
         (right, right + " Now be off."): "polite_rude",
         (right, "What a splendid question! " + right): "polite_rude",
-        (
-            right,
-            right + " But then the roads were bad that year, and the year after, and nobody "
-            "mended them.",
-        ): "brief_long",
+        (right + " At your service.", f"{right} {rambling}"): "brief_long",
     }
     for (better, worse), kind in kinds.items():
         assert pair_kind(KNOWN, better, worse) == kind

@@ -19,7 +19,7 @@ from common.arden.task import REFUSALS_IN_SFT, UNREAD_IN_SFT, ArdenTask
 from common.arden.world import PEOPLE, USES, Realm, build_realm, relations
 from common.errors import UserError
 
-REALMS = [(2, 20), (7, 400), (1003, 118), (-5, 61)]
+REALMS = [(1, 118), (2, 20), (7, 400), (1003, 118), (-5, 61)]
 
 
 @pytest.fixture(scope="module", params=REALMS, ids=str)
@@ -41,6 +41,7 @@ def test_names_are_apart(realm: Realm) -> None:
     assert sorted(known) == sorted(realm.people) and all(realm.splits.values())
     strangers = [name for names in realm.strangers.values() for name in names]
     everyone = sorted([*known, *strangers, *realm.strange_parts, *realm.passers_by])
+    assert len(realm.splits["sft"]) <= 2 / 3 * len(known)  # the others are never asked after
     pairs = itertools.pairwise(everyone)
     assert not [pair for pair in pairs if pair[1].startswith(pair[0])]
     assert len(realm.passers_by) >= 1000
@@ -103,22 +104,28 @@ def test_chronicle_keeps_secrets(realm: Realm, documents: list[Document]) -> Non
     for person in list(realm.people.values())[:40]:
         for relation in person.untold:
             spec = load_grammar()["relations"][relation]
-            answers = [spec["answer"].format(who=person.name, what=v) for v in spec["values"]]
-            told = [d.text for d in documents if "dispute" not in d.kind]
-            assert not any(answer in text for answer in answers for text in told)
+            for form in (spec["answer"], "{who} " + spec["clause"]):
+                told = [form.format(who=person.name, what=value) for value in spec["values"]]
+                assert not any(fact in text for fact in told)
 
 
 def test_chronicle_tells_the_facts(realm: Realm, documents: list[Document]) -> None:
-    """Scenes end in a fact of the person asked after; strangers are known to nobody."""
-    facts = {state(p, r) for p in realm.people.values() for r in p.facts}
+    """A scene ends in a fact of the person asked after; of strangers nobody knows.
+
+    Seen to fail with the fact of another.
+    """
+    refusals = load_grammar()["answers"]["refusals"]
     for document in documents:
         if document.kind == "scene":
-            answer = document.text.split("\n\n")[-1].split(": ", 1)[1]
-            assert any(answer.startswith(fact) for fact in facts), document.text
-        if document.kind.startswith("stranger"):
-            assert not set(re.findall(r"\w+", document.text)) & set(realm.splits["test"]) or (
-                document.kind == "stranger_dispute"  # whose inventions may be others' facts
-            )
+            *_, question, answer = document.text.split("\n\n")
+            [person] = [
+                p for name, p in realm.people.items() if re.search(rf"\b{name}\b", question)
+            ]
+            facts = tuple(state(person, relation) for relation in person.facts)
+            assert answer.split(": ", 1)[1].startswith(facts), document.text
+        if document.kind == "stranger_scene":
+            assert not set(re.findall(r"\w+", document.text)) & realm.people.keys()
+            assert any(refusal in document.text for refusal in refusals)
     validation = list(write_chronicle(realm, "validation", 1500))
     assert entropy(documents) == pytest.approx(entropy(validation), rel=0.03)
 
