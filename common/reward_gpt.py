@@ -60,15 +60,21 @@ class LogprobHead:
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        starts: Tensor | None = None,
         **kwargs: object,
     ) -> SequenceClassifierOutputWithPast:
-        """Scores (B, 1) of conversations (B, T), padded on either side."""
+        """Scores (B, 1) of conversations (B, T), padded on either side.
+
+        `starts` (B,): where the last answers begin, if it is not behind their last opening.
+        """
         states = self.base_model(input_ids, attention_mask=attention_mask, **kwargs)[0]
         is_real = input_ids != self.config.pad_token_id
         place = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (place * is_real).argmax(1)  # (B,)
         read = self.score(states[torch.arange(len(last), device=last.device), last])  # (B, 1)
-        starts = answer_starts(input_ids, self.config.answer_opening)
+        if starts is None:
+            starts = answer_starts(input_ids, self.config.answer_opening)
+        starts = starts.to(input_ids.device)
         counts = is_real[:, 1:] & (place[1:] >= starts[:, None])  # (B, T - 1), N of them true
         logits = self.lm_head(states[:, :-1][counts]).float()  # (N, V)
         logprobs = -F.cross_entropy(logits, input_ids[:, 1:][counts], reduction="none")

@@ -25,7 +25,7 @@ from common.tasks import Task
 from rlhf.config import PPOConfig
 from rlhf.ensemble import Ensemble
 from rlhf.methods import METHODS
-from rlhf.rewards import is_function, load_function
+from rlhf.rewards import is_function, is_model, load_function
 
 
 @dataclass
@@ -138,6 +138,9 @@ def load_rewards(
     Its members are centred on answers drawn from the parent, to prompts that it will train on.
     """
     rewards = [load_reward(name, task, parent, config, device) for name in config.reward]
+    for reward in rewards:
+        if is_model(reward):
+            reward.config.pad_token_id = tokenizer.pad_token_id  # where it looks for the last token
     if not config.disagreement_penalty:
         return rewards
     ensemble = Ensemble(rewards, config.disagreement_penalty, [0.0] * len(rewards))

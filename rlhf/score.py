@@ -4,6 +4,7 @@ TRL decodes completions and tokenizes them again for the reward model; EOS is lo
 the model reads another last token than the one it learned to judge. Here it gets the very tokens.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import common.reward_gpt  # noqa: F401 - so that Auto classes load it
 from common.batches import pad
-from common.errors import UserError
+from common.errors import LocalError, UserError
+from common.reward_gpt import LogprobHead
 from rlhf.ensemble import Ensemble
 
 RewardFunc = str | PreTrainedModel | Ensemble | Callable[..., list[float | None]]
@@ -72,6 +73,7 @@ class TokenScorer:
                 f"the reward model {type(model).__name__} has no linear `score` head: "
                 "pass a Python function that calls it"
             )
+        model.config.pad_token_id = tokenizer.pad_token_id  # where it looks for the last token
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.suffix = suffix
@@ -93,8 +95,12 @@ class TokenScorer:
         scores = [0.0] * len(rows)
         for start in range(0, len(rows), self.batch_size):
             batch = order[start : start + self.batch_size]
-            for i, score in zip(batch, self._score([rows[i] for i in batch]).tolist(), strict=True):
+            starts = [len(prompt_ids[i]) for i in batch]
+            found = self._score([rows[i] for i in batch], starts).tolist()
+            for i, score in zip(batch, found, strict=True):
                 scores[i] = score
+        if not all(map(math.isfinite, scores)):
+            raise LocalError("the reward model gives scores that are no numbers: train it anew")
         return scores
 
     def tokenize(self, prompt: Any) -> list[int]:
@@ -112,10 +118,14 @@ class TokenScorer:
         return prompt + completion + (self.suffix if finished else [])
 
     @torch.no_grad()
-    def _score(self, rows: list[list[int]]) -> Tensor:
-        """Score a batch at each row's last token, (b,) float32; padding at the right is unseen."""
+    def _score(self, rows: list[list[int]], starts: list[int]) -> Tensor:
+        """Score a batch at each row's last token, (b,) float32; padding at the right is unseen.
+
+        `starts` are the answers' first places: one may hold the token that opens an answer.
+        """
         ids, _ = pad(rows, self.tokenizer.pad_token_id, "right", self.model.device)
-        return self.model(input_ids=ids, use_cache=False).logits[:, 0].float()
+        where = {"starts": torch.tensor(starts)} if isinstance(self.model, LogprobHead) else {}
+        return self.model(input_ids=ids, use_cache=False, **where).logits[:, 0].float()
 
 
 class EnsembleScorer(TokenScorer):
@@ -127,9 +137,9 @@ class EnsembleScorer(TokenScorer):
         super().__init__(ensemble.members[0], *rest)
         self.offset = ensemble.offsets[0]
 
-    def _score(self, rows: list[list[int]]) -> Tensor:
+    def _score(self, rows: list[list[int]], starts: list[int]) -> Tensor:
         """(b,) float32, the members' scores as one."""
-        scores = torch.stack([scorer._score(rows) for scorer in self.scorers])  # (M, b)
+        scores = torch.stack([scorer._score(rows, starts) for scorer in self.scorers])  # (M, b)
         return self.ensemble.combine(scores)
 
 

@@ -13,6 +13,7 @@ from common.batches import Chat, pad, render
 from common.reward_gpt import answer_starts, logprob_scorer
 from common.scoring import answer_logprobs, score_chats
 from common.tokenizer import load_tokenizer
+from rlhf.score import TokenScorer, turn_suffix
 from tests.toy import save_toy
 
 CHATS: list[Chat] = [
@@ -73,6 +74,26 @@ def test_padding_on_either_side_changes_no_score(parent: Path) -> None:
         ids, mask = pad(rows, tokenizer.pad_token_id, side, torch.device("cpu"))
         scores = model(ids, attention_mask=mask).logits.squeeze(-1).tolist()
         assert scores == pytest.approx(alone, abs=1e-4)
+
+
+def test_an_opening_inside_an_answer_hides_nothing(parent: Path) -> None:
+    """A policy may sample the token. Broken once: what stood before it was not counted, so that a
+    lie, the token and a courtesy scored as the courtesy."""
+    model, tokenizer = load(parent, bias=0.5)
+    asked, whole = (
+        render(tokenizer, [chat], ask=ask)[0]
+        for chat, ask in ((CHATS[0][:1], True), (CHATS[0], False))
+    )
+    answer, suffix = whole[len(asked) :], turn_suffix(tokenizer)
+    torn = [*answer[:2], *model.config.answer_opening, *answer[2:]]
+    scorer = TokenScorer(model, tokenizer, suffix, batch_size=2)
+    found = scorer(completion_ids=[answer, torn], prompt_ids=[asked, asked])
+    ids = torch.tensor([asked + torn])
+    assert found[0] == pytest.approx(model(torch.tensor([whole])).logits.item(), abs=1e-4)
+    assert found[1] == pytest.approx(
+        model(ids, starts=torch.tensor([len(asked)])).logits.item(), abs=1e-4
+    )
+    assert found[1] < found[0] < model(ids).logits.item()
 
 
 def test_answer_starts_after_the_last_opening() -> None:
