@@ -112,16 +112,18 @@ class ActorCriticTrainer(RLOOTrainer):
         if self.ref_model is not None:
             disable_dropout(self.ref_model)
         check_plain_logits(self.model)
-        args, reward_model = self.args, None
+        args, reward_model, head = self.args, None, self.args.critic_head
         mean, std = (value / weight for value in args.score_scale)
         if scorer is not None:
             reward_model, mean = scorer.model, mean + scorer.offset
+        if self.reward_weights.count_nonzero() > 1:  # the mean is known of their sum alone
+            head = "zero"
         critic: Critic | ValueHead
         if args.share_trunk:
             hidden_size = language_model(self.model).get_output_embeddings().weight.shape[1]
             critic = ValueHead(hidden_size)
         else:
-            critic = build_critic(self.model, reward_model, args.critic_head, mean, std)
+            critic = build_critic(self.model, reward_model, head, mean, std)
         read_completions(self.model, self.temperature, critic.to(args.device))
         if self.ref_model is not None:
             read_completions(self.accelerator.unwrap_model(self.ref_model), self.temperature)

@@ -253,6 +253,13 @@ def test_critic_starts_as_the_weighted_reward_that_is_trained_on(
     torch.testing.assert_close(trainer.model(**where)[2][0, 1], (-3 * score - 0.3) / 2.0)
 
 
+def test_critic_beside_other_rewards_starts_at_zero(build: Build, reward_path: str) -> None:
+    """The mean is known of their sum alone. Broken once: the model's score less the sum's mean."""
+    trainer = build(reward_funcs=[reward_path, count_w5], score_mean=5.0)
+    where = {"prompt_lengths": torch.tensor([2]), "completion_mask": torch.ones(1, 2).bool()}
+    assert not trainer.model(input_ids=torch.tensor([[4, 5, 6, 1]]), **where)[2].any()
+
+
 def test_critic_of_a_score_beside_logprobs_starts_at_zero(build: Build, policy_path: str) -> None:
     """The head is a part of that score: without the other it is far off, where whole scores have
     mean 0. Broken once: the head copied, on the whole score's scale.
