@@ -57,7 +57,7 @@ class WeightGuard(TrainerCallback):
 
     def reference_sums(self) -> dict[str, Tensor]:
         """Of the reference model; with adapters, of the policy's weights that don't train."""
-        if self.trainer.ref_model is None or self.trainer.args.sync_ref_model:
+        if self.trainer.ref_model is None:
             return checksums(self.trainer.model, trainable=False)
         return checksums(self.trainer.ref_model)
 
@@ -109,6 +109,12 @@ class AdaptiveKL(TrainerCallback, ExportableState):
     """
 
     def __init__(self, trainer: Any, target: float, horizon: int):
+        completions = trainer.args.generation_batch_size
+        if 5 * horizon <= completions:
+            raise UserError(
+                f"kl_horizon ({horizon}) must be above a fifth of an update's {completions} "
+                "completions, else one update may take beta below 0"
+            )
         self.trainer = trainer
         self.target = target
         self.horizon = horizon

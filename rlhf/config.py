@@ -192,6 +192,8 @@ class PPOConfig(RLOOConfig):
                 f"target_kl ({self.target_kl}) needs a beta ({self.beta}) above 0, where the KL "
                 "coefficient starts"
             )
+        if self.sync_ref_model:
+            raise UserError("sync_ref_model (True): PPO's reference stays as it was, set it False")
         if self.ptx_coef and not self.ptx_data:
             raise UserError(
                 f"ptx_coef ({self.ptx_coef:g}) needs ptx_data ({self.ptx_data}), the token file of "

@@ -87,8 +87,12 @@ def test_resume_goes_on_with_the_coefficient(build: Build, tmp_path: Path) -> No
 
 
 def test_a_target_needs_a_reference(build: Build) -> None:
-    """Broken once: check of beta removed."""
+    """And a horizon that cannot turn it. Broken once: check of beta removed; 3 for 16 completions
+    took it from 0.2 below 0.
+    """
     with pytest.raises(UserError, match=r"target_kl \(2.0\) needs a beta \(0.0\)"):
         build(target_kl=2.0, beta=0.0)
     with pytest.raises(UserError, match=r"kl_horizon \(0\) must be 1 or more"):
         build(kl_horizon=0)
+    with pytest.raises(UserError, match=r"kl_horizon \(3\) must be above a fifth .* 16 comp"):
+        build(kl_horizon=3, target_kl=1.0)
