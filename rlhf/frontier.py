@@ -172,7 +172,8 @@ def keep_to_one_setting(folder: Path, config: FrontierConfig) -> None:
         UserError: the runs that are there have something else.
     """
     stage = config.stage
-    models = [stage[name] for name in ("model_name_or_path", "reward")]
+    reward = stage["reward"]
+    models = [stage["model_name_or_path"], *([reward] if isinstance(reward, str) else reward)]
     common = stage | {
         "num_updates": config.num_updates or stage.get("num_updates"),
         "models": {str(name): hash_model(Path(str(name))) for name in models},

@@ -204,6 +204,7 @@ def build_dpo(rewards: list[Any], args: PPOConfig, train_dataset: Dataset, **res
     rows = preferences(chooser, list(train_dataset["prompt"]))
     config = trl_config(args, "dpo")
     config.learning_rate = args.dpo_learning_rate or args.learning_rate
+    config.max_length = None  # prompts that leave no room for an answer are left out already
     return DPOTrainer(args=config, train_dataset=rows, **rest)
 
 
