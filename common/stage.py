@@ -82,8 +82,6 @@ class DataConfig:
             UserError: names the field, what it is and what it must be.
         """
         require_data(self.data, self.columns)
-        if self.data.startswith("set "):
-            raise UserError("no data given: make ... DATA=path, or --data path")
         if self.evaluate_on not in SPLITS:
             raise UserError(f"evaluate_on ({self.evaluate_on}) must be one of {', '.join(SPLITS)}")
         require(self, 0, "skip_faulty_rows")

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset
@@ -22,6 +23,10 @@ from common.rows import assistant
 Answer = Callable[[list[str]], list[str]]
 Sample = Callable[[list[str]], list[list[str]]]
 HELD_OUT_SHARE = 0.1  # of a reader's own prompts: half to choose by (dev), half for test
+# Names that a reward function gets other things by, or TRL leaves out
+TAKEN = {"prompt", "prompts", "prompt_ids", "completion", "completions", "completion_ids"}
+TAKEN |= {"source", "trainer_state", "log_extra", "log_metric"}
+LOCAL = re.compile(r"^[.~/]|\.(txt|jsonl?|csv|parquet)(\.gz)?$", re.IGNORECASE)  # no Hub name
 SHOWN_CHARS = 500  # of a prompt in samples.md
 # Of the plays' training dialogues. The others are for ranking and PPO: a reply that the model was
 # tuned on is likelier to it than one of its own, and one that it never read is not.
@@ -93,7 +98,7 @@ def load_task(
     given = ", ".join(name for name, value in of_rows.items() if value)
     if given and (data in ("arden", "shakespeare") or options.get("plays")):
         raise UserError(f"{given}: of one's own rows, {data} has none; leave it out")
-    if taken := {"prompt", "source"} & set(keep):
+    if taken := TAKEN & set(keep):
         raise UserError(f"keep_columns ({', '.join(sorted(taken))}): the name is taken")
     if data == "arden":
         return ArdenTask(realm_seed, documents, realm_people)
@@ -104,6 +109,8 @@ def load_task(
             raise UserError(f"columns: each source of {data} has its own; give them there")
         sources = read_mixture(data)
     else:
+        if LOCAL.search(data) and not Path(data).expanduser().exists():
+            raise UserError(f"{data}: no such file or folder; check the path")
         sources = [Source(data, columns=options.get("columns"))]
     return FileTask(sources, share, skip, keep)
 
@@ -112,13 +119,15 @@ def require_data(data: Any, columns: Any) -> None:
     """Refuse what YAML may hold and is no name, or no mapping of columns.
 
     Raises:
-        UserError: says which, and what stands for several sources.
+        UserError: says which, and what stands for several sources; none was given.
     """
     if not isinstance(data, str):
         raise UserError(
             f"data ({data!r}) must be one file, folder or name; several are listed in a file of "
             "their own, data: mix.yaml, with a line `- {path: a.jsonl}` each"
         )
+    if data.startswith("set "):
+        raise UserError("no data given: make ... DATA=path, or --data path")
     if columns is not None and not is_mapping(columns):
         raise UserError(
             f"columns ({columns!r}) must map our field to the data's column, e.g. "
@@ -229,7 +238,8 @@ class FileTask:
     ) -> None:
         self.sources, self.share, self.skip, self.keep = sources, validation_fraction, skip, keep
         self.weighed = len(sources) > 1 or sources[0].weight != 1
-        one_text = len(sources) == 1 and sources[0].path.removesuffix(".gz").endswith(".txt")
+        name = sources[0].path.lower().removesuffix(".gz")
+        one_text = len(sources) == 1 and name.endswith(".txt")
         if one_text and self.weighed:
             raise UserError(f"{sources[0].path}: a single text is read once, weight must be 1")
         self.documents_apart = not one_text

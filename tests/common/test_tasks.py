@@ -117,3 +117,11 @@ def test_samples_show_short_prompts(tmp_path: Path) -> None:
 def test_what_is_of_own_rows_is_refused_elsewhere(data: dict, given: dict) -> None:
     with pytest.raises(UserError, match="of one's own rows"):
         load_task(**data, **given)
+
+
+@pytest.mark.parametrize("name", ["prompt", "completion", "prompt_ids", "log_metric"])
+def test_columns_to_keep_have_names_of_their_own(name: str) -> None:
+    """Broken once: TRL leaves a completion out, so the function had it where it is measured
+    and not in training."""
+    with pytest.raises(UserError, match=rf"keep_columns \({name}\): the name is taken"):
+        load_task("rows.jsonl", keep=[name])
