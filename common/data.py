@@ -158,14 +158,16 @@ def _convert(
 ) -> Iterator[dict[str, Any]]:
     """Rows as `load_rows` gives them; faulty ones that may be skipped are added to `faults`."""
     for source, read in sources:
-        empty = True
+        empty, before = True, len(faults)
         for row in convert_rows(
             source, read(), format, columns, keep=keep, where=where, skip=skip, faults=faults
         ):
             empty = False
             yield row
         if empty:
-            raise UserError(f"{source}: no rows in it, or only empty ones; give a file with rows")
+            faulty = f"{len(faults) - before} faulty rows and no others"
+            said = faulty if len(faults) > before else "no rows in it, or only empty ones"
+            raise UserError(f"{source}: {said}; give a file with rows")
 
 
 def convert_rows(

@@ -8,6 +8,7 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -89,7 +90,7 @@ def read_rows(path: Path) -> NumberedRows:
         yield from _READERS[_suffix(path)](path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
-    except (csv.Error, OSError, EOFError, pyarrow.ArrowInvalid) as error:
+    except (csv.Error, OSError, EOFError, zlib.error, pyarrow.ArrowInvalid) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be read ({reason}); make the file again") from None
 

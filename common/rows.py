@@ -101,7 +101,8 @@ class Row:
     def system(self) -> Messages:
         """The optional column `system`, as a turn of its own."""
         value = self.values.get(self.name("system"))
-        return [{"role": "system", "content": self.text("system")}] if value else []
+        blank = not value or self.is_blank("system")
+        return [] if blank else [{"role": "system", "content": self.text("system")}]
 
 
 def _message(value: Any, name: str) -> dict[str, str]:
@@ -110,6 +111,8 @@ def _message(value: Any, name: str) -> dict[str, str]:
         raise BadRow(f"{name} is {_show(value)}; expected a message with role and content")
     keys = ("from", "value") if value.get("from") is not None else ("role", "content")
     role, content = (value.get(key) for key in keys)
+    if value.get("tool_calls") or value.get("function_call"):
+        raise BadRow(f"{name} calls a tool; expected text alone")
     if role not in _ROLES:
         raise BadRow(f'{name}: "{keys[0]}" is {_show(role)}; expected system, user or assistant')
     return {"role": _ROLES[role], "content": _check_text(content, f'{name}: "{keys[1]}"')}
@@ -183,6 +186,8 @@ def _conversation(field: str) -> Callable[[Row], dict[str, Any]]:
 
 def _question_and_answer(question: str, answer: str) -> Callable[[Row], dict[str, Any]]:
     def convert(row: Row) -> dict[str, Any]:
+        if isinstance(row.values.get("label"), bool):
+            raise BadRow('"label" says if the answer is good; expected answers to learn from alone')
         prompt = row.messages(question, "user")
         completion = row.messages(answer, "assistant")
         messages = row.system() + prompt + completion
@@ -219,8 +224,11 @@ def _preference(asked: Callable[[Row], Messages] | None = None) -> Callable[[Row
         prompt = chosen[:-1]
         if prompt != rejected[:-1]:
             raise BadRow("chosen and rejected differ before their last turn; expected one prompt")
-        if not prompt and asked:
-            prompt = asked(row)
+        given = row.values.get(row.name("prompt"))
+        if asked and (not prompt or isinstance(given, list)):
+            shared, prompt = prompt, asked(row)
+            if prompt[len(prompt) - len(shared) :] != shared:
+                raise BadRow(f'"{row.name("prompt")}" does not end in what chosen begins with')
         prompt = row.system() + prompt
         for name, answer in (("chosen", chosen), ("rejected", rejected)):
             _check_turns(prompt + answer[-1:], "assistant", row.name(name))
@@ -259,6 +267,7 @@ def _ranked(row: Row) -> list[dict[str, Any]]:
         if said[one] == said[other] and scores[one] != scores[other]:
             name = row.name("answers")
             raise BadRow(f'"{name}"[{one}] and [{other}] are the same with different scores')
+    first = [i for i, answer in enumerate(said) if answer not in said[:i]]
     pairs = [
         {
             "prompt": prompt,
@@ -267,8 +276,8 @@ def _ranked(row: Row) -> list[dict[str, Any]]:
             "margin": float(scores[one] - scores[other]),
             "kind": row.kind(),
         }
-        for one in range(len(said))
-        for other in range(len(said))
+        for one in first
+        for other in first
         if scores[one] > scores[other]
     ]
     return pairs or [{"prompt": prompt, **dict.fromkeys(("chosen", "rejected", "margin", "kind"))}]

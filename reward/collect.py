@@ -304,7 +304,8 @@ def different(answers: list[str]) -> list[str]:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """What `write_rows` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, which JSON may hold
+    return [json.loads(line) for line in lines if line]
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:

@@ -79,6 +79,18 @@ PLAIN = {"prompt": say("u: Hi"), "chosen": say("a: Ho"), "rejected": say("a: No"
             {"prompt": "Human: Hi\r\n\r\nAssistant:", "chosen": "Ho", "rejected": "No"},
             PLAIN,
         ),
+        (  # what only the prompt says, and what all three say
+            {
+                "prompt": say("s: S", "u: A", "a: B", "u: Hi"),
+                "chosen": UA,
+                "rejected": say("u: Hi", "a: No"),
+            },
+            {**PLAIN, "prompt": say("s: S", "u: A", "a: B", "u: Hi")},
+        ),
+        (
+            {"system": " ", "question": "Hi", "chosen": "Ho", "rejected": "No"},
+            PLAIN,
+        ),
         (
             {"system": "S", "question": "Hi", "chosen": "Ho", "rejected": "No"},
             {**PLAIN, "prompt": say("s: S", "u: Hi")},
@@ -110,8 +122,9 @@ def test_optional_cells_of_csv(load):
 
 
 def test_ranked_answers_become_pairs(load):
-    """Broken by keeping pairs of equal scores."""
+    """Broken by keeping pairs of equal scores, and by an answer that is there twice."""
     row = {"prompt": "Hi", "answers": ["So", "Ho", "No", "Oh"], "scores": [2, 9.5, -1, 2]}
+    row = {name: v + v[:1] if isinstance(v, list) else v for name, v in row.items()}
     pairs = load([row], format="preference", where=True)
     found = [(r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in pairs]
     assert found == [("So", "No"), ("Ho", "So"), ("Ho", "No"), ("Ho", "Oh"), ("Oh", "No")]
@@ -224,6 +237,9 @@ FAULTS = [
     ([{"messages": [{"role": "user"}]}], '"messages"[0]: "content" is None (NoneType); expected'),
     ([{"messages": [{"role": "tool", "content": "x"}]}], '"role" is \'tool\' (str); expected sys'),
     ([{"conversations": [{"from": "bot", "value": "x"}]}], '"from" is \'bot\' (str); expected sys'),
+    ([{"messages": [*say("u: a"), say("a: b")[0] | {"tool_calls": [{"id": 1}]}]}],
+     '"messages"[1] calls a tool; expected text alone'),
+    ([{"prompt": "a", "completion": "b", "label": False}], '"label" says if the answer is good'),
     ([{"messages": say("u: a")}], "the last turn is by user; expected assistant"),
     ([{"messages": say("s: a")}], "the last turn is by system; expected assistant"),
     ([{"messages": say("a: a")}], '"messages": turn 1 is by assistant; expected user'),
@@ -352,3 +368,15 @@ def test_faults_of_arguments(load, tmp_path):
     for source in ("gone.jsonl", "./gone", "/gone", "a/b/c", "gone.json.gz", ""):
         with pytest.raises(UserError, match="no such file or folder"):
             load_rows(source, format="text")
+
+
+def test_a_prompt_must_be_the_chosen_ones(load):
+    row = {"prompt": say("u: So"), "chosen": UA, "rejected": say("u: Hi", "a: No")}
+    with pytest.raises(UserError, match='"prompt" does not end in what chosen begins with'):
+        load([row], format="preference")
+
+
+def test_faulty_rows_alone_are_counted(load):
+    """Broken once: "no rows in it, or only empty ones"."""
+    with pytest.raises(UserError, match="2 faulty rows and no others; give a file with rows"):
+        load([{"question": "a"}] * 2, skip=2)

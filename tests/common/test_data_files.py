@@ -85,6 +85,7 @@ def test_every_kind_of_file(tmp_path, load):
         ("a.txt", b"\xff\xfe", "not UTF-8 (invalid start byte)"),
         ("a.txt", b" \n", "no rows in it, or only empty ones"),
         ("a.txt.gz", b"plain", "cannot be read (Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(b"text")[:10] + b"\xff" * 20, "cannot be read (Error -3 while"),
         ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "cannot be read (Compressed file ended"),
     ],
 )
