@@ -123,17 +123,17 @@ def calibration_figures(
     Returns:
         `calibration_error` of the probabilities with what chance would show in so few pairs,
         `calibration_error_as_trained` of the sigmoid of the scores' difference, which the loss had
-        in mind, and the link of all pairs: `link_slope`, `link_error_rate`.
+        in mind, `overconfidence_as_trained`, what of it is too sure, and the link of all pairs:
+        `link_slope`, `link_error_rate`.
     """
     differences = torch.tensor(chosen) - torch.tensor(rejected)
-    bins = reliability(probabilities)
+    bins, as_trained = map(reliability, (probabilities, torch.sigmoid(differences).tolist()))
     slope, error_rate = fit_link(differences)
     return {
         "calibration_error": calibration_error(bins),
         "calibration_error_by_chance": calibration_error_by_chance(bins),
-        "calibration_error_as_trained": calibration_error(
-            reliability(torch.sigmoid(differences).tolist())
-        ),
+        "calibration_error_as_trained": calibration_error(as_trained),
+        "overconfidence_as_trained": overconfidence(as_trained),
         "link_slope": slope,
         "link_error_rate": error_rate,
     }
@@ -178,6 +178,12 @@ def calibration_error(bins: list[ReliabilityBin]) -> float:
     """
     distances = [bin.pairs * abs(bin.confidence - bin.agreement) for bin in bins]
     return sum(distances) / sum(bin.pairs for bin in bins)
+
+
+def overconfidence(bins: list[ReliabilityBin]) -> float:
+    """The part of the calibration error that is of too much confidence, not of too little."""
+    excess = [bin.pairs * max(0.0, bin.confidence - bin.agreement) for bin in bins]
+    return sum(excess) / sum(bin.pairs for bin in bins)
 
 
 def calibration_error_by_chance(bins: list[ReliabilityBin]) -> float:

@@ -34,10 +34,10 @@ def reasons_against(figures: dict[str, float], pairs: int) -> list[str]:
             f"chance: above {0.5 + error:.3f} it could"
         )
     allowed = CALIBRATION_ERROR + figures["calibration_error_by_chance"]
-    as_trained = figures["calibration_error_as_trained"]
-    if as_trained > allowed:
+    too_sure = figures["overconfidence_as_trained"]
+    if too_sure > allowed:
         reasons.append(
-            f"calibration error {as_trained:.3f}, as trained, is above {allowed:.3f}: "
+            f"overconfidence {too_sure:.3f}, as trained, is above {allowed:.3f}: "
             "it is sure without being right"
         )
     if figures["margin"] <= 0:

@@ -130,6 +130,8 @@ def test_the_link_calibrates_pairs_it_was_not_fitted_on() -> None:
     figures = calibration_figures(probabilities, list(differences), zeros)
     assert figures["calibration_error"] < 2 * figures["calibration_error_by_chance"] < 0.03
     assert figures["calibration_error_as_trained"] > 0.05
+    modest = calibration_figures([0.6] * 100, [0.5] * 100, [0.0] * 100)
+    assert modest["overconfidence_as_trained"] == 0.0 < 0.3 < modest["calibration_error_as_trained"]
     assert figures["link_error_rate"] == pytest.approx(0.1, abs=0.03)
     five = Dataset.from_dict({"prompt": list("abcde")})
     apart = label_probabilities(five, [1.0, 1.0, 1.0, 1.0, -1.0], [0.0] * 5)

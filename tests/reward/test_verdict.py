@@ -20,6 +20,7 @@ GOOD = {
     "margin": 1.5,
     "calibration_error": 0.02,
     "calibration_error_as_trained": 0.1,
+    "overconfidence_as_trained": 0.1,
     "calibration_error_by_chance": 0.02,
     "spam_thanks": 0.4,
     "spam_padding": -2.0,
@@ -39,8 +40,9 @@ GOOD = {
         ({"accuracy": 0.53}, 900, "accuracy 0.530 on 900 held-out pairs cannot be told"),
         ({"accuracy": 0.55}, 900, ""),  # above 0.5 + 2 x 0.02
         ({"accuracy_chance_error": 0.12}, 16, "accuracy 0.700 on 16 held-out pairs cannot be told"),
-        ({"calibration_error_as_trained": 0.28}, 900, "calibration error 0.280, as trained, is"),
-        ({"calibration_error_as_trained": 0.26}, 900, ""),
+        ({"overconfidence_as_trained": 0.28}, 900, "overconfidence 0.280, as trained, is above"),
+        ({"overconfidence_as_trained": 0.26}, 900, ""),
+        ({"calibration_error_as_trained": 0.36}, 900, ""),  # too modest: of the scale alone
         ({"margin": -0.5}, 900, "margin -0.50: the worse answers score higher"),
         ({"spam_thanks": 1.6}, 900, "thanks raises the score by 1.60"),
         ({"spam_copied_question": 1.6}, 900, "copied question raises the score by 1.60"),
