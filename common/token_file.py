@@ -102,13 +102,23 @@ class JoinedTokens:
     def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
         """The tokens at `index`, in its shape."""
         if isinstance(index, slice):
-            index = np.arange(*index.indices(len(self)))
+            return self._between(*index.indices(len(self))[:2])
         place = np.searchsorted(self.ends, index, side="right")
         found = np.empty(index.shape, dtype=self.parts[0].dtype)
         for number in np.unique(place):
             here, part = place == number, self.parts[number]
             found[here] = part[index[here] - (self.ends[number] - len(part))]
         return found
+
+    def _between(self, start: int, end: int) -> np.ndarray:
+        pieces = [self.parts[0][:0]]
+        for number in range(int(np.searchsorted(self.ends, start, side="right")), len(self.parts)):
+            part, past = self.parts[number], int(self.ends[number])
+            first = past - len(part)
+            if first >= end:
+                break
+            pieces.append(part[max(start, first) - first : min(end, past) - first])
+        return np.concatenate(pieces)
 
 
 def _open(path: Path) -> tuple[TokenFileInfo, np.memmap]:
