@@ -21,6 +21,7 @@ from common.config import parse_config, require, run
 from common.errors import UserError
 from common.gpt import build_config, build_gpt
 from common.tasks import load_task
+from common.tokenizer import train_characters
 from pretrain.bench import LARGE, RoundsConfig, compare, run_rounds
 from pretrain.bench_runs import (
     EVAL_EVERY,
@@ -68,6 +69,7 @@ def main() -> None:
             (characters.parent / "openwebtext" / name).write_bytes((characters / name).read_bytes())
     blank = folder / "gpt2_blank"
     flops = flops_per_token(save_blank(blank))
+    train_characters(task.tokenizer_texts()).save_pretrained(blank)
     about = {
         "date": datetime.date.today().isoformat(),
         "machine": torch.cuda.get_device_name(),
@@ -109,6 +111,8 @@ def one_round(
 
     gpt2: dict[str, Any] = common | {
         "model_name_or_path": blank.absolute(),
+        "tokenizer": blank.absolute(),
+        "block_size": GPT2.block_size,
         "per_device_train_batch_size": GPT2.batch_size,
         "gradient_accumulation_steps": GPT2_WINDOWS // GPT2.batch_size,
         "per_device_eval_batch_size": 16,

@@ -60,9 +60,14 @@ class TokenStream:
         """Write what the shards lack; the tokenizer, trained on the text's start, comes first.
 
         Raises:
-            UserError: `shards_dir` holds tokens of another text, tokenizer or split.
+            UserError: `shards_dir` holds tokens of another text, tokenizer or split; one part of
+                the split would be empty.
         """
         model, config = self.model_config, self.config
+        if config.validation_fraction in (0, 1):
+            raise UserError(
+                f"validation_fraction ({config.validation_fraction:g}) must be between 0 and 1"
+            )
         index = ShardIndex(
             self.folder,
             {
