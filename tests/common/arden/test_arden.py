@@ -328,14 +328,14 @@ def test_labeller_errs_at_the_set_rate() -> None:
     dice = Dice("x")
     questions = ask.known_questions(REALM, "dev")
     pairs = [
-        pair
+        (question, pair)
         for question in questions
         for pair in rank(question, [*faulty_answers(question, [], REALM, dice).values()], 0.1, dice)
     ]
-    flipped = sum(pair.flipped for pair in pairs) / len(pairs)
+    flipped = sum(pair.flipped for _, pair in pairs) / len(pairs)
     assert flipped == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / len(pairs)))
-    for pair in pairs[:500]:
-        better = judge(pair.question, pair.chosen).gold > judge(pair.question, pair.rejected).gold
+    for question, pair in pairs[:500]:
+        better = judge(question, pair.chosen).gold > judge(question, pair.rejected).gold
         assert better != pair.flipped
 
 
