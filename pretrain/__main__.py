@@ -71,6 +71,8 @@ def main() -> None:
     accelerator = make_accelerator(config)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
+            if not stream:
+                next(task.texts("train"), None)  # a fault is met before an old run is set aside
             output.start()
             if stream:
                 stream.prepare()

@@ -309,8 +309,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """A line of JSON each."""
-    write_text(path, "".join(f"{line}\n" for line in map(json.dumps, rows)))
+    """A line of JSON each, its letters as they are, for people read it."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -27,11 +27,12 @@ def reasons_against(figures: dict[str, float], pairs: int) -> list[str]:
         pairs: how many the accuracy was measured on.
     """
     reasons = []
-    error = STANDARD_ERRORS * figures["accuracy_chance_error"]
-    if figures["accuracy"] <= 0.5 + error:
+    beyond = 0.5 + STANDARD_ERRORS * figures["accuracy_chance_error"]
+    if figures["accuracy"] <= beyond:
+        cure = f"above {beyond:.3f} it could" if beyond < 1 else "no accuracy of so few could"
         reasons.append(
             f"accuracy {figures['accuracy']:.3f} on {pairs} held-out pairs cannot be told from "
-            f"chance: above {0.5 + error:.3f} it could"
+            f"chance: {cure}"
         )
     allowed = CALIBRATION_ERROR + figures["calibration_error_by_chance"]
     too_sure = figures["overconfidence_as_trained"]

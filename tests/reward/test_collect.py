@@ -192,10 +192,10 @@ def test_the_wrong_kind_of_model(
 def test_answers_for_people_to_rank(toy: Path, tmp_path: Path) -> None:
     """Of prompts alone. Whoever adds scores gets those pairs, and holds out what the prompts'
     reader does. Broken by the prompts to train on alone, by writing over what people added, also
-    with `overwrite`, and by the folder of the rankings, which then were of another configuration
-    than the file in it."""
+    with `overwrite`, by the folder of the rankings, which then were of another configuration than
+    the file in it, by letters written as numbers, and by lines cut at U+2028."""
     questions = tmp_path / "asked.jsonl"
-    asked = [{"prompt": f"How many are {n}?"} for n in range(40)]
+    asked = [{"prompt": f"How many are {n}, Łukasz?"} for n in range(40)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in asked))
     config = configure(toy, questions, labeller="people", validation_fraction=0.2)
     args = RewardConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
@@ -205,8 +205,11 @@ def test_answers_for_people_to_rank(toy: Path, tmp_path: Path) -> None:
     path = collect_answers(config, args, task, folder)
     rows = [json.loads(line) for line in path.open()]
     assert len(rows) == 40 and all(1 < len(set(row["answers"])) <= 4 for row in rows)
+    assert "Łukasz" in path.read_text(encoding="utf-8")
     scored = [row | {"scores": [*range(len(row["answers"]))]} for row in rows]
-    path.write_text("".join(json.dumps(row) + "\n" for row in scored))
+    scored[0]["answers"][0] += "\u2028"
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in scored]
+    path.write_text("".join(lines), encoding="utf-8")
     assert collect_answers(config, args, task, folder).read_text() == path.read_text()
     given = load_task(str(path), validation_fraction=0.2)
     for ours, theirs in (("train", "align"), ("dev", "dev"), ("test", "test")):

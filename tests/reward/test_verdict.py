@@ -40,6 +40,11 @@ GOOD = {
         ({"accuracy": 0.53}, 900, "accuracy 0.530 on 900 held-out pairs cannot be told"),
         ({"accuracy": 0.55}, 900, ""),  # above 0.5 + 2 x 0.02
         ({"accuracy_chance_error": 0.12}, 16, "accuracy 0.700 on 16 held-out pairs cannot be told"),
+        (
+            {"accuracy": 1.0, "accuracy_chance_error": 0.5},
+            3,
+            "accuracy 1.000 on 3 held-out pairs cannot be told from chance: no ",
+        ),
         ({"overconfidence_as_trained": 0.28}, 900, "overconfidence 0.280, as trained, is above"),
         ({"overconfidence_as_trained": 0.26}, 900, ""),
         ({"calibration_error_as_trained": 0.36}, 900, ""),  # too modest: of the scale alone
