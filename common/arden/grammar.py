@@ -24,7 +24,7 @@ class Dice:
     """Seeded choices that know their own cost.
 
     `random` and `randrange` are drawn on: of the first Python keeps the sequence for a seed, of the
-    second it has so far, and a golden test watches both.
+    second it has so far, which a golden test watches.
     """
 
     def __init__(self, seed: str) -> None:
