@@ -275,8 +275,7 @@ def holdout(
     Raises:
         UserError: the fraction is none, or there are fewer than two prompts.
     """
-    if not 0 < fraction < 1:
-        raise UserError(f"validation_fraction ({fraction:g}) must be between 0 and 1")
+    require_two_parts(fraction)
     places = [place_of(f"{seed} {opening(row)}") for row in dataset]
     ordered = sorted(set(places))
     if len(ordered) < 2:
@@ -300,6 +299,16 @@ def opening(row: dict[str, Any]) -> str:
     first = [message["role"] for message in messages].index("user")
     asked = " ".join(message["content"] for message in messages[: first + 1])
     return " ".join(asked.casefold().split())
+
+
+def require_two_parts(fraction: float) -> None:
+    """Refuse a `validation_fraction` that leaves one part empty.
+
+    Raises:
+        UserError: it is not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"validation_fraction ({fraction:g}) must be between 0 and 1")
 
 
 def place_of(text: str) -> float:

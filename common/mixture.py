@@ -20,6 +20,7 @@ from datasets import Dataset, concatenate_datasets
 
 from common.data import dataset_fingerprint, load_rows
 from common.errors import UserError
+from common.readers import may_be_on_hub
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Source:
 
     def fingerprint(self) -> str:
         """sha256 of the file or folder (of a Hub set, its name), and what is read of it and how."""
-        local = Path(self.path).expanduser().exists()
+        local = Path(self.path).expanduser().exists() or not may_be_on_hub(self.path)
         said = [dataset_fingerprint(self.path) if local else self.path]
         said += [self.split] if self.split != "train" else []
         said += [json.dumps(self.columns, sort_keys=True)] if self.columns else []

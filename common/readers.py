@@ -41,7 +41,7 @@ def local_files(source: str, split: str) -> list[Path] | None:
         if split != "train":
             raise UserError(f'{source}: one file has no split "{split}"; give that split\'s file')
         files = [path]
-    elif _suffix(path) in _READERS or source[:1] in ("/", ".", "~", "") or source.count("/") > 1:
+    elif not may_be_on_hub(source):
         raise UserError(f"{source}: no such file or folder; check the path")
     else:
         return None
@@ -49,6 +49,12 @@ def local_files(source: str, split: str) -> list[Path] | None:
         if _suffix(file) == ".parquet" and file.suffix == ".gz":
             raise UserError(f"{file}: parquet is not read from .gz; run `gunzip {file}`")
     return files
+
+
+def may_be_on_hub(source: str) -> bool:
+    """Whether a name that is nothing here may be the Hub's, and does not look like a path."""
+    ours = _suffix(Path(source)) in _READERS or source[:1] in ("/", ".", "~", "")
+    return not ours and source.count("/") <= 1
 
 
 def _files_of_folder(folder: Path, split: str) -> list[Path]:

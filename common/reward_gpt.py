@@ -74,7 +74,6 @@ class LogprobHead:
         read = self.score(states[torch.arange(len(last), device=last.device), last])  # (B, 1)
         if starts is None:
             starts = answer_starts(input_ids, self.config.answer_opening)
-        starts = starts.to(input_ids.device)
         counts = is_real[:, 1:] & (place[1:] >= starts[:, None])  # (B, T - 1), N of them true
         logits = self.lm_head(states[:, :-1][counts]).float()  # (N, V)
         logprobs = -F.cross_entropy(logits, input_ids[:, 1:][counts], reduction="none")

@@ -7,7 +7,6 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset
@@ -26,7 +25,6 @@ HELD_OUT_SHARE = 0.1  # of a reader's own prompts: half to choose by (dev), half
 # Names that a reward function gets other things by, or TRL leaves out
 TAKEN = {"prompt", "prompts", "prompt_ids", "completion", "completions", "completion_ids"}
 TAKEN |= {"source", "trainer_state", "log_extra", "log_metric"}
-LOCAL = re.compile(r"^[.~/]|\.(txt|jsonl?|csv|parquet)(\.gz)?$", re.IGNORECASE)  # no Hub name
 SHOWN_CHARS = 500  # of a prompt in samples.md
 # Of the plays' training dialogues. The others are for ranking and PPO: a reply that the model was
 # tuned on is likelier to it than one of its own, and one that it never read is not.
@@ -109,8 +107,6 @@ def load_task(
             raise UserError(f"columns: each source of {data} has its own; give them there")
         sources = read_mixture(data)
     else:
-        if LOCAL.search(data) and not Path(data).expanduser().exists():
-            raise UserError(f"{data}: no such file or folder; check the path")
         sources = [Source(data, columns=options.get("columns"))]
     return FileTask(sources, share, skip, keep)
 

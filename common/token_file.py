@@ -102,7 +102,10 @@ class JoinedTokens:
     def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
         """The tokens at `index`, in its shape."""
         if isinstance(index, slice):
-            return self._between(*index.indices(len(self))[:2])
+            start, end, step = index.indices(len(self))
+            if step == 1:
+                return self._between(start, end)
+            index = np.arange(start, end, step)
         place = np.searchsorted(self.ends, index, side="right")
         found = np.empty(index.shape, dtype=self.parts[0].dtype)
         for number in np.unique(place):
@@ -111,6 +114,7 @@ class JoinedTokens:
         return found
 
     def _between(self, start: int, end: int) -> np.ndarray:
+        """A copy of the tokens from `start` to `end`, read part by part."""
         pieces = [self.parts[0][:0]]
         for number in range(int(np.searchsorted(self.ends, start, side="right")), len(self.parts)):
             part, past = self.parts[number], int(self.ends[number])

@@ -71,8 +71,8 @@ def main() -> None:
     accelerator = make_accelerator(config)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            if not stream:
-                next(task.texts("train"), None)  # a fault is met before an old run is set aside
+            if output.replaces and not stream:  # a fault is met before the old run is set aside
+                next(task.texts("train"), None)
             output.start()
             if stream:
                 stream.prepare()

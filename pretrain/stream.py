@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from common.data import require_two_parts
 from common.errors import UserError
 from common.mixture import Source
 from common.tasks import FileTask, Task
@@ -64,10 +65,7 @@ class TokenStream:
                 the split would be empty.
         """
         model, config = self.model_config, self.config
-        if config.validation_fraction in (0, 1):
-            raise UserError(
-                f"validation_fraction ({config.validation_fraction:g}) must be between 0 and 1"
-            )
+        require_two_parts(config.validation_fraction)
         index = ShardIndex(
             self.folder,
             {

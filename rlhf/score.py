@@ -124,7 +124,11 @@ class TokenScorer:
         `starts` are the answers' first places: one may hold the token that opens an answer.
         """
         ids, _ = pad(rows, self.tokenizer.pad_token_id, "right", self.model.device)
-        where = {"starts": torch.tensor(starts)} if isinstance(self.model, LogprobHead) else {}
+        where = (
+            {"starts": torch.tensor(starts, device=ids.device)}
+            if isinstance(self.model, LogprobHead)
+            else {}
+        )
         return self.model(input_ids=ids, use_cache=False, **where).logits[:, 0].float()
 
 
