@@ -22,7 +22,7 @@ from datasets import Dataset, Features, Value
 
 from common import readers, rows
 from common.errors import UserError
-from common.readers import NumberedRows, local_files, read_rows
+from common.readers import NumberedRows, local_files, read_rows, require_one_set
 from common.rows import SHAPES, BadRow, Row, find_shape
 
 _MESSAGES = [{"role": Value("string"), "content": Value("string")}]
@@ -87,6 +87,8 @@ def load_rows(
         identity: Any = hub._fingerprint
         sources: Sources = [(source, lambda: enumerate(hub, start=1))]
     else:
+        if format != "text":  # text may lie in any number of folders
+            require_one_set(source, files, split)
         stats = [(f, f.stat()) for f in files]  # a row says by which name its file was given
         identity = [(str(f), str(f.resolve()), s.st_size, s.st_mtime_ns) for f, s in stats]
         sources = [(str(file), partial(read_rows, file)) for file in files]
@@ -270,7 +272,8 @@ def holdout(
 
     Returns:
         train and evaluation rows, each in the old order; the same seed gives the same parts. Of few
-        prompts one at least is left to train on and two, if there are three, are set aside.
+        prompts one at least is left to train on and two, if there are three, are set aside; which
+        two depends on all of them.
 
     Raises:
         UserError: the fraction is none, or there are fewer than two prompts.

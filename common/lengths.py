@@ -134,7 +134,7 @@ class LengthReport:
         lines = []
         for place, count in enumerate(counts):
             first, last = place * width + 1, (place + 1) * width
-            bar = "#" * (-(-count * BAR // max(counts)))
+            bar = "#" * (-(-count * BAR // max(1, *counts)))
             mark = "  > max_length" if self.max_length and last > self.max_length else ""
             lines.append(f"{first:>7,} -{last:>7,} tokens {count:>8,} {bar}{mark}")
         return "\n".join(lines)

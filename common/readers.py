@@ -78,6 +78,31 @@ def _is_named(file: Path, split: str) -> bool:
     return any(re.match(rf"{split}([-_.]|$)", part) for part in file.parts)
 
 
+def require_one_set(source: str, files: list[Path], split: str) -> None:
+    """Refuse a folder that holds several data sets under one split's name, as some of the Hub do.
+
+    Their names: the folder at the top that is not `data`, and what follows the split's name. So
+    main/train-0.parquet and socratic/train-0.parquet are two, train_prefs-0 and train_sft-0, too.
+
+    Raises:
+        UserError: it does.
+    """
+    sets: dict[str, str] = {}
+    for file in files if len(files) > 1 else []:
+        *above, name = file.relative_to(Path(source).expanduser()).parts
+        stem = re.sub(r"([-_]\d+)?(-of-\d+)?(\..*)?$", "", name)
+        if re.match(rf"{re.escape(split)}([-_]|$)", stem):
+            inside = [part for part in above[:1] if part not in ("data", split)]
+            pick = f"path: {Path(source, *inside)}" + ("" if stem == split else f", split: {stem}")
+            sets["/".join([*inside, stem])] = f"- {{{pick}}}"
+    if len(sets) > 1:
+        known = ", ".join(sorted(sets)[:4])
+        raise UserError(
+            f'{source}: several sets for split "{split}" in it ({known}); write those to take into '
+            f"a YAML file, a line each, `{sets[sorted(sets)[0]]}`, and give that"
+        )
+
+
 def _suffix(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
@@ -154,7 +179,13 @@ def _read_json(path: Path) -> NumberedRows:
 def _read_csv(path: Path) -> NumberedRows:
     csv.field_size_limit(1 << 30)
     with _open(path, newline="") as file:
-        for number, row in enumerate(csv.DictReader(file, strict=True), start=1):
+        rows = csv.DictReader(file, strict=True)
+        names = rows.fieldnames or []
+        if len(names) == 1 and (sign := next((s for s in ";\t|" if s in names[0]), "")):
+            raise UserError(
+                f"{path}: its columns are parted by {sign!r}; save it with commas, or as .jsonl"
+            )
+        for number, row in enumerate(rows, start=1):
             faulty = BadRow("more cells than columns; quote the commas") if None in row else None
             yield number, faulty or row
 

@@ -76,6 +76,11 @@ class Row:
         value, name = self.get(field), f'"{self.name(field)}"'
         if isinstance(value, str) and re.match(r"\s*Human:", value):
             return _dialogue(value, name, opens_answer=role == "user")
+        if isinstance(value, str) and role == "user" and value.rstrip().endswith("\n\nAssistant:"):
+            raise BadRow(
+                f'{name} ends in "Assistant:" and does not begin with "Human:"; expected it '
+                "from its first turn on (what stands before it is a column of its own, `system`)"
+            )
         if isinstance(value, str):
             return [{"role": role, "content": self.text(field)}]
         if isinstance(value, dict):
@@ -197,13 +202,29 @@ def _question_and_answer(question: str, answer: str) -> Callable[[Row], dict[str
 
 
 def _instruction(row: Row) -> Messages:
-    """Alpaca's prompt: the instruction and, after an empty line, the input if there is any."""
+    """Alpaca's prompt: the instruction and, after an empty line, the input if there is any.
+
+    Before them the turns of `history`, a list of [question, answer].
+    """
     instruction, extra = row.text("instruction"), row.values.get(row.name("input"))
     if extra is not None and not isinstance(extra, str):
         raise BadRow(f'"{row.name("input")}" is {_show(extra)}; expected text')
     if extra and extra.strip():
         instruction += "\n\n" + _check_text(extra, f'"{row.name("input")}"')
-    return [{"role": "user", "content": instruction}]
+    return [*_history(row), {"role": "user", "content": instruction}]
+
+
+def _history(row: Row) -> Messages:
+    turns, name = row.values.get(row.name("history")) or [], f'"{row.name("history")}"'
+    if not isinstance(turns, list):
+        raise BadRow(f"{name} is {_show(turns)}; expected a list of [question, answer]")
+    messages = []
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise BadRow(f"{name}[{i}] is {_show(turn)}; expected [question, answer]")
+        asked, answer = (_check_text(text, f"{name}[{i}]") for text in turn)
+        messages += [{"role": "user", "content": asked}, assistant(answer)]
+    return messages
 
 
 def _alpaca(row: Row) -> dict[str, Any]:
@@ -319,7 +340,7 @@ class Shape(NamedTuple):
         return self._replace(convert=convert)
 
 
-_ALPACA_EXTRA = ("input", "system")
+_ALPACA_EXTRA = ("input", "system", "history")
 _PAIR_EXTRA = ("system", "margin", "kind")
 SHAPES: dict[str, list[Shape]] = {
     "text": [Shape(("text",), lambda row: {"text": row.text("text")}, ())],
@@ -338,7 +359,7 @@ SHAPES: dict[str, list[Shape]] = {
         Shape(
             ("instruction", "chosen", "rejected"),
             _preference(_instruction),
-            ("input", *_PAIR_EXTRA),
+            ("input", "history", *_PAIR_EXTRA),
         ),
         Shape(("chosen", "rejected"), _preference(), _PAIR_EXTRA),
         Shape(("prompt", "answers", "scores"), _ranked, ("system", "kind")),

@@ -35,6 +35,11 @@ MESSAGES = [
     ({"instruction": "Hi", "input": "", "output": "Ho", "text": "x"}, UA),
     ({"instruction": "Hi", "output": "Ho"}, UA),
     ({"instruction": "Add", "input": "1, 2", "output": "3"}, say("u: Add\n\n1, 2", "a: 3")),
+    (
+        {"system": "S", "history": [["A", "B"]], "instruction": "Hi", "output": "Ho"},
+        say("s: S", "u: A", "a: B", "u: Hi", "a: Ho"),
+    ),
+    ({"history": [], "instruction": "Hi", "output": "Ho"}, UA),
     ({"conversations": gpt("s: S", "u: Hi", "a: Ho")}, say("s: S", "u: Hi", "a: Ho")),
     ({"conversations": UA}, UA),
 ]
@@ -295,6 +300,21 @@ def test_faults_of_messages(load, rows, message):
             "preference",
             {"chosen": "\n\nHuman: a\n\nHuman: c\n\nAssistant: b", "rejected": "x"},
             "differ before their last turn",
+        ),
+        (
+            "preference",
+            {"prompt": "Be brief.\n\nHuman: a\n\nAssistant:", "chosen": "b", "rejected": "c"},
+            '"prompt" ends in "Assistant:" and does not begin with "Human:"',
+        ),
+        (
+            "messages",
+            {"history": [["a"]], "instruction": "b", "output": "c"},
+            "\"history\"[0] is ['a'] (list); expected [question, answer]",
+        ),
+        (
+            "messages",
+            {"history": [["a", 1]], "instruction": "b", "output": "c"},
+            '"history"[0] is 1 (int); expected text',
         ),
         (
             "preference",

@@ -78,6 +78,7 @@ def test_every_kind_of_file(tmp_path, load):
         ("a.json", b'[{"text": "x"},\n {"text" 3}]', "not JSON (Expecting ':' delimiter, line 2)"),
         ("a.json", b'["x"]', "row 1: is a str; expected an object with columns"),
         ("a.csv", b"text,n\nx,1\ny,1,2\n", "row 2: more cells than columns"),
+        ("a.csv", b"question;answer\na;b, c\n", "a.csv: its columns are parted by ';'; save it"),
         ("a.csv", b'text\n"x', "cannot be read (unexpected end of data)"),
         ("a.csv", b"text\n", "no rows in it"),
         ("a.parquet", b"PAR0", "cannot be read ("),
@@ -128,6 +129,32 @@ def test_folders(tmp_path):
     (tmp_path / "d" / "train-00001.jsonl").write_text('{"text": "T"}\n{"text": 2}')
     with pytest.raises(UserError, match=r"train-00001.jsonl, row 2: \"text\" is 2"):
         loaded()
+
+
+def test_several_sets_in_one_folder_are_not_one(tmp_path):
+    """Both stood in one training part before, without a word."""
+    row = json.dumps({"question": "q", "answer": "a"}) + "\n"
+    folder = tmp_path / "d"
+
+    def loaded(**options):
+        options = {"format": "messages", "cache_dir": str(tmp_path / "cache"), **options}
+        return len(load_rows(str(folder), **options))
+
+    for name in ("main/train-0-of-1", "main/test-0-of-1", "data/more/train-00001", "train/more"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.jsonl").write_text(row)
+    (folder / "data").rename(folder / "main/data")
+    assert loaded() == 3
+    (folder / "socratic").mkdir()
+    (folder / "socratic/train-0-of-1.jsonl").write_text(row)
+    with pytest.raises(UserError, match=r"\(main/train, socratic/train\).*{path: .*/d/main}`"):
+        loaded()
+    (folder / "socratic").rename(folder / "data")
+    (folder / "data/train_sft-00000-of-00002.jsonl").write_text(row)
+    (folder / "data/train_sft-00001-of-00002.jsonl").write_text(row)
+    with pytest.raises(UserError, match=r"\(main/train, train, train_sft\)"):
+        loaded()
+    assert loaded(split="train_sft") == 2
 
 
 def test_a_changed_file_is_read_again(load, tmp_path):
