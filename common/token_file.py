@@ -166,7 +166,8 @@ def write_token_file(
         texts: documents, or consecutive parts of one text.
         tokenizer: its ids are written.
         path: the `.bin`; its info goes to `<path>.json`.
-        documents: wrap each text in bos and eos; else write one after the other as they are.
+        documents: wrap each text in bos and eos, or begin it with the one token that is both; else
+            write one after the other as they are.
 
     Raises:
         UserError: there is no text.
@@ -263,7 +264,8 @@ def _encode(pieces: list[_Piece], tokenizer: PreTrainedTokenizerFast, documents:
         if documents and piece.opens:
             ids.append(tokenizer.bos_token_id)
         ids.extend(own)
-        if documents and piece.closes:
+        # where one token is both, the next document's first ends this one
+        if documents and piece.closes and tokenizer.eos_token_id != tokenizer.bos_token_id:
             ids.append(tokenizer.eos_token_id)
         if tokenizer.unk_token_id is not None:
             unknown += own.count(tokenizer.unk_token_id)

@@ -128,7 +128,14 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
     """
     if not (Path(directory) / "tokenizer.json").exists():
         raise UserError(f"{directory}: no tokenizer.json there; give the directory of a model")
-    return PreTrainedTokenizerFast.from_pretrained(directory)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    config = Path(directory) / "config.json"
+    if tokenizer.eos_token is None and config.exists():  # of OpenAI's GPT-2 the model alone says it
+        said = json.loads(config.read_text(encoding="utf-8"))
+        for name in ("bos", "eos"):
+            if isinstance(place := said.get(f"{name}_token_id"), int):
+                setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(place))
+    return tokenizer
 
 
 def require_own_tokens(tokenizer: PreTrainedTokenizerBase, **tokens: str | None) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import pretrain.__main__
 from common.config import as_flags
 from common.errors import UserError
+from common.token_file import TokenFile
 from common.tokenizer import train_bpe
 from pretrain.__main__ import make_model
 from pretrain.config import ModelConfig
@@ -30,7 +32,7 @@ common = dict(vocab_size=vocab_size, pad_token_id=0, eos_token_id=2)
 torch.manual_seed(0)
 if kind == "gpt2":
     model = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=32, n_layer=2, n_head=4,
-        bos_token_id=1, **common))
+        bos_token_id=2, **common))
 else:
     model = Qwen3ForCausalLM(Qwen3Config(max_position_embeddings=32, hidden_size=32, head_dim=16,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
@@ -49,6 +51,8 @@ def test_goes_on_from_plain_transformers(
 ) -> None:
     """In windows shorter than its context. Qwen3's tokenizer and configuration have no bos here.
 
+    Of OpenAI's GPT-2 the tokenizer, as the Hub has it, names no token; one is bos and eos.
+
     Seen to fail with a blank page in the checkpoint's place, with bos left missing in either, with
     windows of the whole context, with a tokenizer of the text's own (which learned from ids that
     mean something else), and with another checkpoint at the same place taken for the same parent.
@@ -63,6 +67,8 @@ def test_goes_on_from_plain_transformers(
     if kind == "qwen3":
         tokenizer.bos_token = None
     tokenizer.save_pretrained(folder)
+    if kind == "gpt2":
+        (folder / "tokenizer_config.json").write_text('{"model_max_length": 32}')
 
     theirs = torch.load(folder / "theirs.pt")
     model_config = ModelConfig(model_name_or_path=str(folder))
@@ -79,6 +85,9 @@ def test_goes_on_from_plain_transformers(
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] - 1
     assert lines[-1]["tokens"] == 20 * 4 * 16
+    if kind == "gpt2":
+        ends = np.flatnonzero(TokenFile(output / "data/train.bin").tokens == 2)
+        assert ends[0] == 0 and (np.diff(ends) > 1).all()
     before, after = (load_file(path / "model.safetensors") for path in (folder, output))
     assert before.keys() == after.keys()
 
