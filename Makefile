@@ -100,7 +100,7 @@ bench-decoding: setup
 	$(BIN)/python -m rlhf.bench.decoding $(ARGS)
 
 chat: setup
-	$(BIN)/python -m common.chat $(FOLDER) $(if $(STAGE),--stage $(STAGE)) $(ARGS)
+	$(BIN)/python -m common.chat --profile $(NAME) $(if $(STAGE),--stage $(STAGE)) $(ARGS)
 
 check-data: setup
 	$(BIN)/python -m common.check_data --config $(CONFIG) $(if $(DATA),--data $(DATA)) $(ARGS)

@@ -299,7 +299,9 @@ def require_parent(path: str, command: str) -> Path:
         UserError: there is none; names the command that makes it.
     """
     if not (Path(path) / "config.json").exists():
-        raise UserError(f"no finished model in {path}: run `{command}` first")
+        aside = Path(path) / "replaced"
+        there = f" (the one that was replaced lies in {aside})" if aside.is_dir() else ""
+        raise UserError(f"no finished model in {path}{there}: run `{command}` first")
     return Path(path)
 
 

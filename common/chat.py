@@ -3,10 +3,10 @@
 make chat               the newest of the profile's stages
 make chat STAGE=sft     another
 make chat ARGS="--temperature 1"    draw answers, as all are drawn that are measured or trained on
-python -m common.chat out/arden --stage sft
+python -m common.chat --profile arden --stage sft
 """
 
-import argparse
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TextStreamer
 import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import make_variable
 from common.batches import render
-from common.config import run
+from common.config import parse_config, require, run
 from common.errors import UserError
 from common.generation import plain_sampling, sampling_options
 from common.tokenizer import load_tokenizer
@@ -23,20 +23,29 @@ from common.tokenizer import load_tokenizer
 TALKING = ("rlhf", "sft", "pretrain")  # the reward model only scores
 
 
+@dataclass
+class ChatConfig:
+    """With whom, and how answers are drawn."""
+
+    profile: str = field(default="arden", metadata={"help": "whose model"})
+    stage: str | None = field(
+        default=None, metadata={"help": f"of {', '.join(TALKING)}; default: the first that is done"}
+    )
+    temperature: float = field(default=0.0, metadata={"help": "0: always the likeliest token"})
+    max_new_tokens: int = field(default=100, metadata={"help": "longest answer, tokens"})
+
+    def __post_init__(self) -> None:
+        """A stage that answers, numbers within bounds."""
+        if self.stage not in (None, *TALKING):
+            raise UserError(f"stage ({self.stage}) must be one of {', '.join(TALKING)}")
+        require(self, 0, "temperature")
+        require(self, 1, "max_new_tokens")
+
+
 def main() -> None:
     """Read questions and answer each on its own, as the stages train it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("profile", type=Path, help="e.g. out/arden")
-    parser.add_argument("--stage", choices=TALKING)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--max_new_tokens", type=int, default=100)
-    args = parser.parse_args()
-    if args.max_new_tokens < 1 or not args.temperature >= 0:
-        raise UserError(
-            f"max_new_tokens ({args.max_new_tokens}) must be at least 1, temperature "
-            f"({args.temperature:g}) not below 0"
-        )
-    path = find_model(args.profile, args.stage)
+    (config,) = parse_config(ChatConfig)
+    path = find_model(Path("out", config.profile), config.stage)
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     model.generation_config = plain_sampling(model.generation_config)
     tokenizer = load_tokenizer(path)
@@ -49,7 +58,7 @@ def main() -> None:
             model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                **sampling_options(tokenizer, args.max_new_tokens, args.temperature),
+                **sampling_options(tokenizer, config.max_new_tokens, config.temperature),
                 streamer=streamer,
             )
 

@@ -38,6 +38,9 @@ INCIDENTAL = {
 }
 
 
+OURS = {"use_peft": "lora_r"}  # what TRL's scripts call it
+
+
 class _Parser(TrlParser):
     def __init__(self, dataclass_types: list[type]) -> None:
         super().__init__(dataclass_types)  # type: ignore[arg-type]
@@ -109,6 +112,7 @@ def _explain(error: ValueError, dataclass_types: tuple[type, ...]) -> str:
         return message
     names = [field.name for kind in dataclass_types for field in dataclasses.fields(kind)]
     near = difflib.get_close_matches(unknown[1], names, n=1)
+    near = [OURS[unknown[1]]] if OURS.get(unknown[1]) in names else near
     cure = f"did you mean {near[0]}?" if near else "`--help` lists the fields"
     return f"unknown field {unknown[1]}: {cure}"
 
@@ -169,7 +173,7 @@ def refusing(what: str = "") -> Iterator[None]:
     """What a library's constructor finds wrong with its settings, as one line behind `what`.
 
     Raises:
-        UserError: in place of any other ValueError.
+        UserError: in place of any other ValueError, and where its output_dir cannot be made.
     """
     try:
         yield
@@ -177,6 +181,9 @@ def refusing(what: str = "") -> Iterator[None]:
         raise
     except ValueError as error:
         raise UserError(what + " ".join(str(error).split())) from error
+    except OSError as error:
+        said = f"{error.filename} cannot be written to ({error.strerror})"
+        raise UserError(f"{what}{said}: give another --output_dir") from error
 
 
 def as_flags(fields: dict[str, Any]) -> list[str]:

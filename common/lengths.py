@@ -4,6 +4,7 @@ Fine-tuning cuts a sequence after `max_length` tokens, and drops a row of which 
 assistant is left; the reward model's trainer drops a pair whose longer sequence does not fit.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from common.batches import BATCH, Chat
+from common.batches import BATCH, Chat, render
 from common.errors import UserError
 from common.generation import as_chat
 from common.rows import Messages
@@ -146,8 +147,10 @@ def measure_lengths(
     """Tokenize rows of `common.data.load_rows` as training will, and count what would be cut.
 
     Raises:
-        UserError: the chat template raises at a row, as it may at a system turn.
+        UserError: the chat template raises at a row, as it may at a system turn; a row says a
+            special token, which the template passes on as one.
     """
+    _require_plain(dataset, tokenizer)
     row_lengths: list[int] = []
     tokens = tokens_cut = unanswered = 0
     longest, field = 0, ""
@@ -178,9 +181,34 @@ def measure_lengths(
 
 def _contents(rows: Dataset) -> Iterator[str]:
     """What is said in the rows, message by message."""
-    for row in rows:
+    return (message["content"] for _, _, message in _said(rows))
+
+
+def _said(rows: Dataset) -> Iterator[tuple[int, str, dict[str, str]]]:
+    """Every message, with its row's place and field."""
+    for place, row in enumerate(rows):
         for name in ("messages", "prompt", "chosen", "rejected"):
-            yield from (message["content"] for message in row.get(name) or [])
+            yield from ((place, name, message) for message in row.get(name) or [])
+
+
+def _require_plain(rows: Dataset, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse what would speak for a role, or end an answer, by the token's name in a text."""
+    names = [token for token in tokenizer.all_special_tokens if _is_passed_on(token, tokenizer)]
+    special = re.compile("|".join(map(re.escape, names)))
+    for place, field, message in _said(rows) if names else ():
+        if found := special.search(message["content"]):
+            raise UserError(
+                f'{name_row(rows, place)}, "{field}": says {found[0]}, which the chat template '
+                "passes on as that token: take it out of the text, or break it up in the template"
+            )
+
+
+def _is_passed_on(token: str, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a turn that says the token's name has that token among its ids."""
+    turns = ([{"role": "user", "content": said}] for said in ("a", f"a{token}a"))
+    plain, special = (render(tokenizer, [turn])[0] for turn in turns)
+    place: Any = tokenizer.convert_tokens_to_ids(token)
+    return special.count(place) > plain.count(place)
 
 
 def keep_answerable(

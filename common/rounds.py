@@ -7,12 +7,14 @@ The first round is `make reward rlhf`. Each further one, in `out/<profile>/round
 rankings of the newest policy's answers, trains the reward model on with them, and aligns the
 fine-tuned model anew. Anew, not the policy on: each round has the same start and the same distance
 to go, so that the table compares reward models, and what an earlier one was fooled into is undone.
-(Rounds: Bai et al. 2022, arXiv:2204.05862, section 4.5.) A killed run goes on where it was.
+(Rounds: Bai et al. 2022, arXiv:2204.05862, section 4.5.) Data and labeller are those of the first. A
+killed run goes on where it was.
 """
 
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,6 +24,8 @@ from common.errors import UserError
 from common.report import show_columns
 from common.stage import run_stage
 from reward.config import BY_DATA
+
+FIRST_ROUNDS = ("data", "columns", "labeller")
 
 
 @dataclass
@@ -46,30 +50,29 @@ def main() -> None:
     first = Path("out") / config.profile
     for stage in ("sft", "reward", "rlhf"):
         require_parent(str(first / stage), f"make all {make_variable(first)}")
+    given_by: dict[str, dict[str, Any]] = {}
     for stage in ("reward", "rlhf"):
         on = yaml.safe_load((first / stage / "config.yaml").read_text(encoding="utf-8"))
         given = on["data"] != "arden" and not on["plays"]
         if stage == "reward" and on["labeller"] == BY_DATA and given:
             raise UserError(
                 f"{first / stage} learned from rankings that were given ({on['data']}): nobody "
-                f"ranks new answers. Have them ranked: make rankings {make_variable(first)}, with "
-                f'ARGS="--policy {first}/rlhf --labeller people"'
+                f"ranks new answers. Have them ranked: make rankings {make_variable(first)} "
+                f'DATA={on["data"]} ARGS="--policy {first}/rlhf --labeller people '
+                f'--rankings {first}/round2/rankings"'
             )
         if on["evaluate_on"] != config.evaluate_on:
             raise UserError(
                 f"{first / stage} was measured on {on['evaluate_on']}, further rounds would be on "
                 f"{config.evaluate_on}: give --evaluate_on {on['evaluate_on']}"
             )
+        given_by[stage] = {name: on[name] for name in FIRST_ROUNDS if on.get(name) is not None}
     folders = [first, *(first / f"round{n}" for n in range(2, config.rounds + 1))]
     for last, folder in pairwise(folders):
-        train(config, "reward", folder, model_name_or_path=last / "reward", policy=last / "rlhf")
-        train(
-            config,
-            "rlhf",
-            folder,
-            model_name_or_path=first / "sft",
-            reward=folder / "reward",
-        )
+        parents = {"model_name_or_path": last / "reward", "policy": last / "rlhf"}
+        train(config, "reward", folder, given_by["reward"] | parents)
+        parents = {"model_name_or_path": first / "sft", "reward": folder / "reward"}
+        train(config, "rlhf", folder, given_by["rlhf"] | parents)
     for stage in ("reward", "rlhf"):
         summaries = {
             f"round {n}": read_json(folder / stage / "summary.json")
@@ -78,10 +81,10 @@ def main() -> None:
         print("\n" + show_columns(stage, summaries))
 
 
-def train(config: RoundsConfig, stage: str, folder: Path, **parents: Path) -> None:
-    """Run a stage into a round's folder, as its profile configures it."""
+def train(config: RoundsConfig, stage: str, folder: Path, given: dict[str, Any]) -> None:
+    """Run a stage into a round's folder, as its profile configures it but for what is given."""
     print(f"rounds: {folder / stage}", flush=True)
-    fields = {"output_dir": folder / stage, "evaluate_on": config.evaluate_on} | parents
+    fields = {"output_dir": folder / stage, "evaluate_on": config.evaluate_on} | given
     run_stage(config.profile, stage, as_flags(fields))
 
 

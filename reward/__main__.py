@@ -148,10 +148,19 @@ def load_pairs(
 def build_scorer(
     parent: Path, tokenizer: PreTrainedTokenizerFast, answer_logprobs: bool
 ) -> PreTrainedModel:
-    """The parent with a scalar head, and with its own log-probabilities beside if asked for."""
+    """The parent with a scalar head, and with its own log-probabilities beside if asked for.
+
+    Raises:
+        UserError: they are asked for and the chat template does not show where an answer begins.
+    """
     if answer_logprobs:
         question = [{"role": "user", "content": "ask"}]
         asked, opened = (render(tokenizer, [question], ask=ask)[0] for ask in (False, True))
+        if len(opened) == len(asked):
+            raise UserError(
+                "answer_logprobs: the chat template opens an answer by nothing, so that where one "
+                "begins cannot be told: give --answer_logprobs false"
+            )
         return logprob_scorer(str(parent), opened[len(asked) :])
     return AutoModelForSequenceClassification.from_pretrained(
         parent, num_labels=1, dtype=torch.float32

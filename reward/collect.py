@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import RewardConfig
 
 import common.reward_gpt  # noqa: F401 - so that Auto classes load our GPT, also as labeller
@@ -254,6 +254,17 @@ def label(
         print(f"rankings, {split}: those of {config.labeller}; {unused}")
         return open_ranked(config).rankings(sample, split, count, config.noise)
     prompts = list(task.prompt_rows(split, count)["prompt"])
+    context = AutoConfig.from_pretrained(config.labeller).max_position_embeddings
+    kept = leave_room(prompts, load_tokenizer(config.labeller), context, config.max_new_tokens)
+    if len(kept) < len(prompts):
+        said = f"{len(kept):,} of {len(prompts):,} prompts and {config.max_new_tokens} tokens of"
+        print(f"rankings, {split}: {said} answer fit into the labeller's context ({context:,})")
+    if not kept:
+        raise UserError(
+            f"no prompt with an answer of max_new_tokens ({config.max_new_tokens}) fits into the "
+            f"context of labeller {config.labeller} ({context:,}): shorten answers or prompts"
+        )
+    prompts = [prompts[place] for place in kept]
     return rank_by_model(config.labeller, prompts, sample(prompts), device)
 
 

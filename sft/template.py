@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.batches import Chat, render
 from common.errors import UserError
+from common.tokenizer import CHAT_TEMPLATE
 
 _CHAT: Chat = [
     {"role": "user", "content": "ask"},
@@ -44,10 +45,13 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         UserError: there is no template; it cannot render a chat, or passes over a system turn; it
             has no generation marks, marks too much or too little, or leaves an answer's end out;
-            what it opens an answer with is not what stands before one.
+            what it opens an answer with is not what stands before one; the tokenizer does not know
+            a sign that it writes.
     """
     if not tokenizer.chat_template:
-        raise UserError("the model's tokenizer has no chat template: give it one, and save it")
+        raise UserError(
+            "the model's tokenizer has no chat template: give one, --chat_template_path FILE"
+        )
     try:
         _check_chat(tokenizer, _CHAT)
     except TemplateError as error:
@@ -90,6 +94,14 @@ def _check_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> None:
         raise UserError(
             f"the chat template's generation marks leave out {end!r} after an answer, so that the "
             f"model would never learn to stop: {_CURE}"
+        )
+    unknown: Any = tokenizer.unk_token_id
+    said = tokenizer([turn["content"] for turn in chat], add_special_tokens=False)["input_ids"]
+    own = tokenizer.chat_template == CHAT_TEMPLATE  # whose one such sign may be the line end
+    if not own and ids.count(unknown) > sum(content.count(unknown) for content in said):
+        raise UserError(
+            f"the chat template writes signs that the tokenizer does not know: it reads "
+            f"{tokenizer.decode(ids)!r}; write others, or the role tokens"
         )
     if ids[: len(asked)] != asked:
         raise UserError(

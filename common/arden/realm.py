@@ -35,6 +35,7 @@ from common.arden.world import PEOPLE, USES, Realm, build_realm, relations
 from common.artifacts import write_text
 from common.config import parse_config, run
 from common.device import fast_attention, has_bf16
+from common.errors import UserError
 from common.gpt import build_gpt
 from common.gpt_config import build_config
 
@@ -58,12 +59,20 @@ def main() -> None:
     realm = build_realm(config.seed, config.people)
     folder = Path(config.output_dir or f"out/realm/{config.seed}")
     configs = make_configs(realm, folder)
+    made = f"# Written by `make realm SEED={config.seed} PEOPLE={config.people}`\n"
+    files = {
+        folder / "configs" / f"{stage}.yaml": made + yaml.safe_dump(values, sort_keys=False)
+        for stage, values in configs.items()
+    }
+    for path, text in files.items():
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise UserError(
+                f"{path} is another than this command writes: move it away, or give --output_dir"
+            )
     documents = list(write_chronicle(realm, "train", configs["pretrain"]["documents"]))
     write_realm(realm, documents, folder)
-    for stage, values in configs.items():
-        text = yaml.safe_dump(values, sort_keys=False)
-        made = f"# Written by `make realm SEED={config.seed} PEOPLE={config.people}`\n"
-        write_text(folder / "configs" / f"{stage}.yaml", made + text)
+    for path, text in files.items():
+        write_text(path, text)
     for name, value in describe(realm, documents, configs["pretrain"]).items():
         print(f"{name:<26} {value}")
     print(f"\n{folder}: read chronicle.txt; make all REALM={config.seed} trains on it")

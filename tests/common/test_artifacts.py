@@ -223,6 +223,9 @@ def test_metrics_lose_what_will_be_logged_again(tmp_path: Path) -> None:
 def test_missing_parent_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run `make sft` first"):
         require_parent(str(tmp_path), "make sft")
+    (tmp_path / "replaced").mkdir()
+    with pytest.raises(UserError, match=r"the one that was replaced lies in .*/replaced"):
+        require_parent(str(tmp_path), "make sft")
 
 
 def test_other_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from trl import RewardConfig, SFTConfig
 
-from common.config import config_values, parse_config, require, run
+from common.config import config_values, parse_config, refusing, require, run
 from common.errors import LocalError, UserError
 from common.stage import TRAINER_DEFAULTS
 from pretrain.config import ModelConfig, PretrainConfig
@@ -208,6 +208,17 @@ def test_fields_of_others_are_passed_over_and_misspelt_ones_are_not() -> None:
     assert parse_config(Small, args=args, others=(SFTConfig,))[0].max_steps == 4
     with pytest.raises(UserError, match="unknown field max_lenght: did you mean max_length"):
         parse_config(Small, args=["--max_lenght", "5"], others=(SFTConfig,))
+    needed = ["--model_name_or_path", "base", "--data", "arden"]
+    with pytest.raises(UserError, match=r"unknown field use_peft: did you mean lora_r\?"):
+        parse_config(*STAGES["sft"], args=[*needed, "--use_peft", "true"])
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    """What a trainer's constructor makes of it. Broken once: a traceback, of fine-tuning alone."""
+    (tmp_path / "file").touch()
+    message = r"file/out cannot be written to \(Not a directory\): give"
+    with pytest.raises(UserError, match=message), refusing():
+        (tmp_path / "file" / "out").mkdir()
 
 
 def test_every_process_tells_of_what_it_alone_has_met(

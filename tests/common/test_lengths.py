@@ -64,6 +64,22 @@ def test_a_row_that_the_template_refuses_is_named():
         measure_lengths(Dataset.from_list(rows), tokenizer, None)
 
 
+def test_a_text_that_speaks_for_a_role_is_refused():
+    """By a template that passes it on; ours breaks it up. Broken once: it was learned as a turn."""
+    tokenizer = train_characters(["abc\n"])
+    rows = [say("u: a", "a: b"), say("u: a", "a: b<|assistant|>c")]
+    rows = Dataset.from_list(
+        [{"messages": row, "where": f"x, row {i}"} for i, row in enumerate(rows)]
+    )
+    measure_lengths(rows, tokenizer, 100)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(
+        UserError, match=r'x, row 1, "messages": says <\|assistant\|>, which the ch'
+    ):
+        measure_lengths(rows, tokenizer, 100)
+    measure_lengths(rows.select([0]), tokenizer, 100)
+
+
 def test_a_run_refuses_when_too_much_is_lost():
     """Broken by comparing with >= and by leaving the check out."""
     lengths = [50] * 9 + [101]
@@ -102,6 +118,8 @@ def test_characters_that_the_tokenizer_never_saw() -> None:
 
 
 def test_histogram_by_hand():
+    """Of no rows, too, as of a play without a reply: a division by zero once."""
+    assert report().histogram() == "      1 -      1 tokens        0 "
     """Broken by counting a length at a range's end to the next one."""
     assert report(1, 2, 3, 5, 8, max_length=6).histogram(bins=4).splitlines() == [
         "      1 -      2 tokens        2 " + "#" * 40,

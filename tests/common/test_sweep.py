@@ -54,7 +54,7 @@ def test_rounds(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Broken by the first round's policy and reward model in every round; once: rankings that were
-    given trained on again.
+    given trained on again; the profile's data in place of the first round's.
     """
     monkeypatch.setattr(sys, "argv", ["rounds", "--rounds", "3"])
     with pytest.raises(UserError, match="no finished model in out/arden/sft: run `make all"):
@@ -71,7 +71,7 @@ def test_rounds(
         write_json(Path("out/arden/reward/config.yaml"), settings | ranked_by_itself)
         with pytest.raises(UserError, match="was measured on dev, further rounds would be on test"):
             rounds.main()
-    settings["data"] = "arden"
+    settings |= {"data": "own.jsonl", "labeller": "judge", "columns": {"prompt": "q"}}
     settings["evaluate_on"] = "test"
     for stage in ("sft", "reward", "rlhf"):
         write_json(Path("out/arden") / stage / "config.yaml", settings)
@@ -84,6 +84,7 @@ def test_rounds(
         ["round3/reward", "round2/reward", "round2/rlhf", ""],
         ["round3/rlhf", "sft", "", "round3/reward"],
     ]
+    assert {(c["--data"], c["--columns"]) for c in commands} == {("own.jsonl", "{'prompt': 'q'}")}
     assert "| gold | 0.000 | 1.000 | 2.000 |" in capsys.readouterr().out
     with pytest.raises(UserError, match="must be 2 or more"):
         rounds.RoundsConfig(rounds=1)

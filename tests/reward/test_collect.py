@@ -1,22 +1,32 @@
 """Collecting rankings: what a killed run leaves, and who ranks."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig
 
-from common.artifacts import StageOutput
+from common.artifacts import StageOutput, read_json, write_json
+from common.batches import render
 from common.config import as_flags, parse_config
 from common.errors import UserError
 from common.scoring import score_chats
 from common.tasks import load_task
 from common.tokenizer import load_tokenizer
 from reward import collect as module
-from reward.collect import collect, collect_answers, draw_answers, keep_shards, rank_by_model
+from reward.collect import (
+    collect,
+    collect_answers,
+    draw_answers,
+    keep_shards,
+    label,
+    rank_by_model,
+)
 from reward.config import RankingConfig
 from tests.toy import save_toy
 
@@ -84,6 +94,30 @@ def test_a_reward_model_ranks_all_pairs(toy: Path) -> None:
     assert all(scores[better] > scores[worse] for better, worse in pairs)
     with pytest.raises(UserError, match="raise samples_per_prompt"):
         rank_by_model(str(toy / "reward"), prompts[1:], answers[1:], CPU)
+
+
+def test_a_labeller_of_a_shorter_context(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Broken once: an IndexError after all was sampled, where positions are learned."""
+    folder, questions = tmp_path / "short", tmp_path / "asked.jsonl"
+    shutil.copytree(toy / "reward", folder)
+    asked = ["a?"] * 3 + ["b" * 30 + "?"]
+    questions.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
+    config = configure(toy, questions, labeller=folder, validation_fraction=0.5)
+    task = load_task(str(questions), validation_fraction=0.5)
+    prompts = list(task.prompt_rows("train", 9)["prompt"])
+    longest = max(map(len, render(load_tokenizer(folder), prompts, ask=True))) + 4
+
+    def rank(context: int) -> Dataset:
+        settings = read_json(folder / "config.json") | {"max_position_embeddings": context}
+        write_json(folder / "config.json", settings)
+        return label(config, task, lambda ask: [["yes", "no"] for _ in ask], "train", 9, CPU)
+
+    assert len(rank(longest)) == len(prompts)
+    assert "labeller's context" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no prompt with an answer of max_new_tokens \(4\) fits"):
+        rank(4)
 
 
 def configure(toy: Path, data: Path, **fields: Any) -> RankingConfig:

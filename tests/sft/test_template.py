@@ -31,7 +31,7 @@ def test_good_templates_pass():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (OWN, "", "has no chat template: give it one"),
+        (OWN, "", "has no chat template: give one"),
         ("{% endfor %}", "", "the chat template cannot render user and assistant: "),
         ("{% generation %}{{ m.content }}<|eos|>{% endgeneration %}", "{{ m.content }}<|eos|>",
          "has no generation marks: write {% generation %}"),
@@ -46,6 +46,7 @@ def test_good_templates_pass():
         ("{% if m.role == 'assistant' %}", "{% if m.role != 'user' %}",
          "generation marks hold 'lead<|eos|>say<|eos|>say<|eos|>' of system `lead`, user"),
         ("{% else %}", "{% elif m.role == 'user' %}", "leaves out what a system turn says"),
+        ("{% else %}", "{% else %}Question:", "writes signs that the tokenizer does not know"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(old: str, new: str, message: str):

@@ -13,10 +13,11 @@ import yaml
 from common.arden import questions as ask
 from common.arden.chronicle import Document, entropy, state, write_chronicle
 from common.arden.grammar import load_grammar
-from common.arden.realm import describe, make_configs, question_rows, write_realm
+from common.arden.realm import describe, main, make_configs, question_rows, write_realm
 from common.arden.report import count_questions
 from common.arden.task import REFUSALS_IN_SFT, UNREAD_IN_SFT, ArdenTask
 from common.arden.world import PEOPLE, USES, Realm, build_realm, relations
+from common.config import as_flags
 from common.errors import UserError
 
 REALMS = [(1, 118), (2, 20), (7, 400), (1003, 118), (-5, 61)]
@@ -184,6 +185,23 @@ def test_configurations(tmp_path: Path) -> None:
     assert figures["people"] == "236 (sft 76, align 75, dev 28, test 57)"
     assert figures["facts told"] == "2,152"
     assert figures["pretraining"] == "3,800 steps of 256 tokens"
+
+
+def test_a_realm_s_configuration_that_was_changed_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken once: written over by the same command, as by one with other people."""
+    folder = tmp_path / "realm"
+    monkeypatch.setattr("common.arden.realm.describe", lambda *_: {})
+    flags = as_flags({"seed": 5, "people": 61, "output_dir": folder})
+    monkeypatch.setattr("sys.argv", ["realm", *flags])
+    main()
+    main()
+    changed = folder / "configs" / "sft.yaml"
+    changed.write_text("mine")
+    with pytest.raises(UserError, match=r"sft\.yaml is another than this command writes: move it"):
+        main()
+    assert changed.read_text() == "mine"
 
 
 @pytest.mark.parametrize("target", ["all", "rounds", "sweep", "seeds", "rlhf_judge", "frontier"])
