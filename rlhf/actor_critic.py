@@ -23,7 +23,6 @@ from trl import RLOOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import use_adapter
 
-from common.errors import UserError
 from common.pretraining_text import PretrainingText
 from rlhf.config import PPOConfig
 from rlhf.critic import (
@@ -89,8 +88,6 @@ class ActorCriticTrainer(RLOOTrainer):
             peft_config=peft_config,
         )
         self.reward_func_names = tell_apart(funcs)
-        if tokenizer.pad_token_id in self.eos_token_ids:
-            raise UserError(f"pad token {tokenizer.pad_token!r} ends completions in {path}")
         self.ptx: PretrainingText | None = None
         if args.ptx_data and args.ptx_coef:
             block_size = self.model.config.max_position_embeddings

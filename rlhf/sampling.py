@@ -18,11 +18,16 @@ from rlhf.critic import plain_policy, take_weights
 def sample_fast(trainer: Any, graph: bool) -> None:
     """Let a trainer's policy sample by its own probabilities, by `sample_unended` or a graph.
 
+    An answer ends by the tokenizer's end token alone, as the chat template writes it and as answers
+    are scored and measured; TRL would end it by every one that the checkpoint lists.
+
     By neither where processes share its weights: there all must take each forward pass, so none
     ends before the others.
     """
     policy = trainer.model
     policy.generation_config = plain_sampling(policy.generation_config)
+    trainer.eos_token_ids = [trainer.processing_class.eos_token_id]
+    trainer.generation_config.eos_token_id = trainer.eos_token_ids
     if trainer.accelerator.distributed_type not in SHARDED:
         sample = graph_sampler(policy) if graph else sample_unended
         policy.generate = partial(policy.generate, custom_generate=sample)

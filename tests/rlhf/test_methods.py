@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_tokenizer, count_w5, prompts
+from conftest import build_tokenizer, count_w5, prompts, save_policy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 
@@ -107,6 +107,29 @@ def test_every_method_learns(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     ids = torch.tensor([[4, 5, 6]])
     assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("method", ["ppo", "rloo", "grpo"])
+def test_one_token_ends_an_answer_by_every_rule(tmp_path: Path, method: str) -> None:
+    """The tokenizer's, though the checkpoint lists others, the padding among them. Broken once: all
+    of them ended rollouts, PPO's counted as finished and were fined by the other methods.
+    """
+    path = save_policy(tmp_path / "policy")
+    policy: Any = AutoModelForCausalLM.from_pretrained(path)
+    policy.generation_config.eos_token_id = [1, 0, *range(4, 16)]
+    policy.save_pretrained(path)
+    trainer: Any = build_trainer(
+        method,
+        [count_w5],
+        config(tmp_path),
+        model=path,
+        train_dataset=prompts(32),
+        processing_class=build_tokenizer(16),
+    )
+    answers = trainer._generate(list(prompts(32)["prompt"]))[1]
+    assert any(len(ids) == 6 for ids in answers) and any(ids[-1] == 1 for ids in answers)
+    assert all(len(ids) == 6 or ids[-1] == 1 for ids in answers)
+    assert trainer.eos_token_ids == [1]
 
 
 def test_rewards_weigh_what_they_weigh_in_ppo(
