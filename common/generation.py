@@ -1,6 +1,6 @@
 """Answers from a model, many at once."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -10,6 +10,16 @@ from common.decoding import sample_unended
 from common.rows import assistant
 
 MOST_ROWS = 4 * BATCH  # sampled at a time: their keys and values are kept
+
+
+class Drawn(NamedTuple):
+    """An answer: its text, and the ids that were drawn, the end among them if it came to one.
+
+    The template would give other ids to many a text: of no words, or that begins without a space.
+    """
+
+    text: str
+    ids: list[int]
 
 
 def as_chat(question: str | Chat) -> Chat:
@@ -46,8 +56,19 @@ def sampling_options(
     }
 
 
-@torch.no_grad()
 def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[str] | list[Chat],
+    **options: Any,
+) -> list[list[str]]:
+    """What `generate_drawn` gives, as plain text alone."""
+    drawn = generate_drawn(model, tokenizer, questions, **options)
+    return [[answer.text for answer in several] for several in drawn]
+
+
+@torch.no_grad()
+def generate_drawn(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: list[str] | list[Chat],
@@ -56,17 +77,17 @@ def generate_answers(
     temperature: float = 0.0,
     samples: int = 1,
     seed: int = 0,
-) -> list[list[str]]:
-    """`samples` answers to each question, as plain text; greedy at temperature 0.
+) -> list[list[Drawn]]:
+    """`samples` answers to each question; greedy at temperature 0.
 
     A question is a user's words, or the conversation so far.
 
-    The space that the chat template sets before an answer is taken off.
+    The space that the chat template sets before an answer is taken off its text.
 
     The generator's state is as before afterwards.
     """
     rows = render(tokenizer, [as_chat(question) for question in questions], ask=True)
-    answers: list[list[str]] = [[] for _ in questions]
+    answers: list[list[Drawn]] = [[] for _ in questions]
     sampler: Any = model  # `generate` comes with a mixin that PreTrainedModel's type leaves out
     was_training, settings = model.training, sampler.generation_config
     sampler.generation_config = plain_sampling(settings)
@@ -82,22 +103,35 @@ def generate_answers(
                 **sampling_options(tokenizer, max_new_tokens, temperature),
                 custom_generate=sample_unended,
             )
-            texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            drawn = [
+                up_to(row, tokenizer.eos_token_id) for row in output[:, ids.shape[1] :].tolist()
+            ]
+            texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
             for row, text in enumerate(texts):
-                answers[places[row // samples]].append(text.removeprefix(" "))
+                answer = Drawn(text.removeprefix(" "), drawn[row])
+                answers[places[row // samples]].append(answer)
     model.train(was_training)
     sampler.generation_config = settings
     return answers
 
 
-def draw_chats(
+def up_to(ids: list[int], end: int) -> list[int]:
+    """The ids as far as the first `end`, that included; all of them where there is none.
+
+    >>> up_to([5, 6, 2, 0, 0], end=2)
+    [5, 6, 2]
+    """
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+def draw_each(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Chat],
     max_new_tokens: int,
-) -> list[Chat]:
-    """Each prompt with one answer, drawn at temperature 1."""
-    drawn = generate_answers(
+) -> list[Drawn]:
+    """An answer to each prompt, drawn at temperature 1."""
+    drawn = generate_drawn(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=1.0
     )
-    return [answered(prompt, text) for prompt, (text,) in zip(prompts, drawn, strict=True)]
+    return [answer for (answer,) in drawn]

@@ -1,4 +1,4 @@
-"""Scores of a reward model and log-probabilities of a policy, for whole conversations."""
+"""Scores of a reward model for conversations, and log-probabilities of a policy's answers."""
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,16 +35,18 @@ def score_chats(
 def answer_logprobs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    chats: list[Chat],
-    most_tokens: int | None = None,
+    prompts: list[Chat],
+    answers: list[list[int]],
 ) -> list[float]:
-    """log p(answer and its end | question) of each conversation, in nats.
+    """log p(answer | prompt) of each answer, in nats.
 
-    Of an answer of more than `most_tokens` the first so many count: drawn with that limit it was
-    cut off there, and its end is none of the model's.
+    Args:
+        model, tokenizer: whose probabilities they are.
+        prompts: what was said before.
+        answers: ids as they were drawn: one that was cut off has no end, and none is counted.
     """
-    whole = render(tokenizer, chats)
-    asked = render(tokenizer, [chat[:-1] for chat in chats], ask=True)
+    asked = render(tokenizer, prompts, ask=True)
+    whole = [start + ids for start, ids in zip(asked, answers, strict=True)]
     sums = [0.0] * len(whole)
     model.eval()
     for places in by_length(whole, max_tokens=LOGIT_TOKENS):
@@ -57,8 +59,6 @@ def answer_logprobs(
         starts = torch.tensor([len(asked[place]) for place in places], device=ids.device)
         position = torch.arange(1, ids.shape[1], device=ids.device)
         counts = (position >= starts[:, None]) & mask[:, 1:].bool()
-        if most_tokens is not None:
-            counts &= position < starts[:, None] + most_tokens
         for place, total in zip(places, (logprobs * counts).sum(1).tolist(), strict=True):
             sums[place] = total
     return sums

@@ -24,7 +24,7 @@ import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import MetricsFile, require_kind
 from common.config import parse_config, run
 from common.errors import UserError
-from common.generation import draw_chats, generate_answers
+from common.generation import draw_each, generate_answers
 from common.pretraining_text import PretrainingText
 from common.sharded import whole_model
 from common.stage import (
@@ -41,7 +41,7 @@ from rlhf.align import AlignConfig, align_prompts, load_rewards, lora, measure_a
 from rlhf.config import PPOConfig
 from rlhf.critic import plain_policy
 from rlhf.invariants import BrokenInvariant
-from rlhf.measure import measure, measure_best_of, measured_rows
+from rlhf.measure import measure, measure_best_of
 from rlhf.methods import build_trainer, check_run
 from rlhf.rewards import (
     hash_function,
@@ -64,19 +64,20 @@ def main() -> None:
     if stage.output.says_finished():
         return
     tokenizer = load_tokenizer(stage.parent)
-    rewards = load_rewards(config, stage.task, stage.parent, tokenizer, args.device)
+    batch_size, device = args.per_device_train_batch_size, args.device
+    rewards = load_rewards(config, stage.task, stage.parent, tokenizer, batch_size, device)
     weights = weigh(config.reward_names, args.reward_weights)
-    policy = AutoModelForCausalLM.from_pretrained(stage.parent, dtype=torch.float32).to(args.device)
+    policy = AutoModelForCausalLM.from_pretrained(stage.parent, dtype=torch.float32).to(device)
     if args.ptx_coef:  # refused now, if it is not the policy's text, and not after measuring
         context = policy.config.max_position_embeddings
         PretrainingText(args.ptx_data, args.ptx_windows, context, args.seed, tokenizer)
     prompts = align_prompts(stage.task, stage.parent, tokenizer, config, "align", config.prompts)
     check_run(config.method, rewards, args, policy, tokenizer, prompts)
-    rows = [*prompts, *measured_rows(stage.task, stage.parent, tokenizer, config)]
-    score = make_scorer(rewards, weights, tokenizer, rows)
-    asked = list(prompts.shuffle(seed=0)["prompt"])[: config.eval_prompts]
-    drawn = score(draw_chats(policy, tokenizer, asked, config.max_new_tokens))
-    set_scale(drawn, rewards, weights, config, args)
+    score = make_scorer(rewards, weights, tokenizer, batch_size, device)
+    rows = list(prompts.shuffle(seed=0))[: config.eval_prompts]
+    asked = [row["prompt"] for row in rows]
+    scores = score(rows, draw_each(policy, tokenizer, asked, config.max_new_tokens))
+    set_scale(scores, rewards, weights, config, args)
     with args.main_process_first():
         if args.process_index == 0:
             stage.output.start()

@@ -1,5 +1,6 @@
 """What alignment reads, whichever way it is done."""
 
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ from common.arden.task import ArdenTask
 from common.artifacts import require_go, require_kind, require_parent, require_same_tokenizer
 from common.config import require
 from common.errors import UserError
-from common.generation import draw_chats
+from common.generation import draw_each
 from common.lengths import keep_answerable
 from common.stage import DataConfig
 from common.tasks import Task
 from rlhf.config import PPOConfig
 from rlhf.ensemble import Ensemble
 from rlhf.methods import METHODS
-from rlhf.rewards import is_function, is_model, load_function
+from rlhf.rewards import is_function, is_model, load_function, make_scorer
 
 
 @dataclass
@@ -130,10 +131,11 @@ def load_rewards(
     task: Task,
     parent: Path,
     tokenizer: PreTrainedTokenizerFast,
+    batch_size: int,
     device: torch.device,
 ) -> list[Any]:
     """Every reward of the configuration, models on `device`; with a penalty on disagreement one
-    `Ensemble` of them.
+    `Ensemble` of them, which scores `batch_size` answers at a time.
 
     Its members are centred on answers drawn from the parent, to prompts that it will train on.
     """
@@ -144,10 +146,13 @@ def load_rewards(
     if not config.disagreement_penalty:
         return rewards
     ensemble = Ensemble(rewards, config.disagreement_penalty, [0.0] * len(rewards))
-    rows = align_prompts(task, parent, tokenizer, config, "align", config.eval_prompts)
+    rows = list(align_prompts(task, parent, tokenizer, config, "align", config.eval_prompts))
     policy: Any = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
-    chats = draw_chats(policy.to(device), tokenizer, list(rows["prompt"]), config.max_new_tokens)
-    ensemble.centre(tokenizer, chats)
+    prompts = [row["prompt"] for row in rows]
+    answers = draw_each(policy.to(device), tokenizer, prompts, config.max_new_tokens)
+    for place, member in enumerate(rewards):
+        score = make_scorer([member], [1.0], tokenizer, batch_size, device)
+        ensemble.offsets[place] = statistics.fmean(score(rows, answers))
     return [ensemble]
 
 

@@ -17,6 +17,7 @@ import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import MEASURED, require_kind, require_parent, write_json
 from common.config import parse_config, require, run
 from common.errors import UserError
+from common.generation import as_chat
 from common.stage import TRAINER_DEFAULTS, open_task, print_figures
 from common.tokenizer import load_tokenizer
 from rlhf.align import AlignConfig, load_rewards, measure_as_trained
@@ -62,26 +63,26 @@ def main() -> None:
     require_kind(parent, scores=False)
     task = open_task(config)
     tokenizer = load_tokenizer(parent)
-    rewards = load_rewards(config, task, parent, tokenizer, args.device)
-    rows = measured_rows(task, parent, tokenizer, config)
+    batch_size, device = args.per_device_train_batch_size, args.device
+    rewards = load_rewards(config, task, parent, tokenizer, batch_size, device)
+    rows = list(measured_rows(task, parent, tokenizer, config))
     weights = weigh(config.reward_names, args.reward_weights)
     chooser = Chooser(
-        AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32).to(args.device),
+        AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32).to(device),
         tokenizer,
-        make_scorer(rewards, weights, tokenizer, rows),
+        make_scorer(rewards, weights, tokenizer, batch_size, device),
         max(best_of.n),
         args.max_completion_length,
     )
-    prompts = list(rows["prompt"])
     found = []
     for n in sorted(best_of.n):
 
         def answer(asked: list[str], n: int = n) -> list[str]:
-            return [text for text, _ in chooser.best(asked, n)]
+            return [text for text, _ in chooser.best([{"prompt": as_chat(q)} for q in asked], n)]
 
         measured = task.measure(answer, config.evaluate_on, best_of.questions)
         figures = {SHORT_NAMES.get(name, name): value for name, value in measured.items()}
-        figures |= measure_choice(chooser, prompts, n, task)
+        figures |= measure_choice(chooser, rows, n, task)
         found.append({"n": n, "kl": best_of_n_kl(n), **figures})
         print_figures(f"best of {n}", found[-1])
     write_json(Path(args.output_dir) / MEASURED, found)

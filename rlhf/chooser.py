@@ -2,53 +2,55 @@
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from common.batches import Chat
-from common.generation import answered, as_chat, generate_answers
+from common.generation import generate_drawn
+from rlhf.rewards import Scorer
+
+Row = dict[str, Any]
 
 
 class Chooser:
-    """Answers questions by the best of the first n of its draws; each question is drawn once."""
+    """Answers rows by the best of the first n of its draws; each row is drawn for once.
 
-    def __init__(self, model: Any, tokenizer: Any, score: Any, draws: int, max_new_tokens: int):
+    A row is a `prompt`, and the further columns of the data that rewards may ask for.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, score: Scorer, draws: int, max_new_tokens: int):
         self.model, self.tokenizer, self.score = model, tokenizer, score
         self.draws, self.max_new_tokens = draws, max_new_tokens
         self.drawn: dict[str, tuple[list[str], list[float]]] = {}
 
-    def best(self, questions: list[str] | list[Chat], n: int) -> list[tuple[str, float]]:
-        """For each question, or conversation that ends in one, the best of n answers, its score."""
-        self.draw(questions)
+    def best(self, rows: Sequence[Row], n: int) -> list[tuple[str, float]]:
+        """For each row the best of n answers, and its score."""
+        self.draw(rows)
         chosen = []
-        for question in questions:
-            answers, scores = self.all_of(question)
+        for row in rows:
+            answers, scores = self.all_of(row)
             place = max(range(n), key=lambda i: -math.inf if math.isnan(scores[i]) else scores[i])
             chosen.append((answers[place], scores[place]))
         return chosen
 
-    def all_of(self, question: str | Chat) -> tuple[list[str], list[float]]:
-        """Every answer that `draw` drew to a question, and their scores."""
-        return self.drawn[json.dumps(as_chat(question))]
+    def all_of(self, row: Row) -> tuple[list[str], list[float]]:
+        """Every answer that `draw` drew to a row, and their scores."""
+        return self.drawn[json.dumps(row)]
 
-    def draw(self, questions: list[str] | list[Chat]) -> None:
-        """Draw and score answers to the questions that have none yet."""
-        asked = {json.dumps(as_chat(question)): as_chat(question) for question in questions}
-        asked = {key: chat for key, chat in asked.items() if key not in self.drawn}
+    def draw(self, rows: Sequence[Row]) -> None:
+        """Draw and score answers to the rows that have none yet."""
+        asked = {key: row for row in rows if (key := json.dumps(row)) not in self.drawn}
         if not asked:
             return
-        several = generate_answers(
+        several = generate_drawn(
             self.model,
             self.tokenizer,
-            list(asked.values()),
+            [row["prompt"] for row in asked.values()],
             max_new_tokens=self.max_new_tokens,
             temperature=1.0,
             samples=self.draws,
         )
-        chats = [
-            answered(chat, answer)
-            for chat, answers in zip(asked.values(), several, strict=True)
-            for answer in answers
-        ]
-        scores = self.score(chats)
+        repeated = [row for row in asked.values() for _ in range(self.draws)]
+        scores = self.score(repeated, [answer for answers in several for answer in answers])
         for i, (key, answers) in enumerate(zip(asked, several, strict=True)):
-            self.drawn[key] = answers, scores[i * self.draws : (i + 1) * self.draws]
+            texts = [answer.text for answer in answers]
+            self.drawn[key] = texts, scores[i * self.draws : (i + 1) * self.draws]

@@ -7,12 +7,8 @@ deviation (Coste et al. 2023, arXiv:2310.02743, whose penalty is the variance).
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from common.batches import Chat
-from common.scoring import score_chats
+from transformers import PreTrainedModel
 
 
 @dataclass
@@ -25,7 +21,7 @@ class Ensemble:
     Attributes:
         members: the models.
         penalty: standard deviations of the members that are taken off their mean.
-        offsets: taken off each member's scores; `centre` sets them.
+        offsets: taken off each member's scores: its mean over the starting policy's answers.
     """
 
     members: list[PreTrainedModel]
@@ -40,14 +36,3 @@ class Ensemble:
         """
         centred = scores - scores.new_tensor(self.offsets)[:, None]
         return centred.mean(0) - self.penalty * centred.std(0, correction=0)
-
-    def centre(self, tokenizer: PreTrainedTokenizerBase, chats: list[Chat]) -> None:
-        """Give every member mean 0 over these answers, the starting policy's."""
-        self.offsets = self._scores(tokenizer, chats).mean(1).tolist()
-
-    def score(self, tokenizer: PreTrainedTokenizerBase, chats: list[Chat]) -> list[float]:
-        """The ensemble's score of each conversation."""
-        return self.combine(self._scores(tokenizer, chats)).tolist()
-
-    def _scores(self, tokenizer: PreTrainedTokenizerBase, chats: list[Chat]) -> Tensor:
-        return torch.tensor([score_chats(model, tokenizer, chats) for model in self.members])

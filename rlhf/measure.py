@@ -9,13 +9,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from common.arden.task import ArdenTask
 from common.batches import Chat
-from common.generation import answered, draw_chats, generate_answers
+from common.generation import draw_each, generate_answers
+from common.rows import assistant
 from common.scoring import answer_logprobs
 from common.stage import Stage
 from common.tasks import Task
 from rlhf.align import AlignConfig, align_prompts
-from rlhf.chooser import Chooser
-from rlhf.rewards import mean_score
+from rlhf.chooser import Chooser, Row
+from rlhf.rewards import Scorer, mean_score
 
 # Before and after are compared by these, so their names are short.
 SHORT_NAMES = {
@@ -24,11 +25,9 @@ SHORT_NAMES = {
 }
 
 
-def gold(task: ArdenTask, chats: list[Chat]) -> float:
-    """The judge's mean score of the last answers."""
-    return statistics.fmean(
-        task.gold_reward([chat[:-1] for chat in chats], [chat[-1:] for chat in chats])
-    )
+def gold(task: ArdenTask, prompts: list[Chat], answers: list[str]) -> float:
+    """The judge's mean score of the answers."""
+    return statistics.fmean(task.gold_reward(prompts, [[assistant(text)] for text in answers]))
 
 
 def measured_rows(
@@ -39,20 +38,20 @@ def measured_rows(
     return align_prompts(task, parent, tokenizer, config, *wanted)
 
 
-def measure_choice(chooser: Chooser, prompts: list[Chat], n: int, task: Task) -> dict[str, float]:
-    """`score` of the chosen among n answers to each prompt, and on Arden `gold_drawn`."""
-    best = chooser.best(prompts, n)
+def measure_choice(chooser: Chooser, rows: list[Row], n: int, task: Task) -> dict[str, float]:
+    """`score` of the chosen among n answers to each row, and on Arden `gold_drawn`."""
+    best = chooser.best(rows, n)
     figures = {"score": mean_score([score for _, score in best])}
     if isinstance(task, ArdenTask):
-        chats = [answered(prompt, text) for prompt, (text, _) in zip(prompts, best, strict=True)]
-        figures["gold_drawn"] = gold(task, chats)
+        prompts = [row["prompt"] for row in rows]
+        figures["gold_drawn"] = gold(task, prompts, [text for text, _ in best])
     return figures
 
 
 def measure_best_of(
     n: int,
     model: PreTrainedModel,
-    score: Callable[[list[Chat]], list[float]],
+    score: Scorer,
     tokenizer: PreTrainedTokenizerFast,
     stage: Stage,
     config: AlignConfig,
@@ -62,16 +61,16 @@ def measure_best_of(
     Returns:
         `score_best_of_<n>`, and on Arden `gold_best_of_<n>`.
     """
-    prompts = list(measured_rows(stage.task, stage.parent, tokenizer, config)["prompt"])
+    rows = list(measured_rows(stage.task, stage.parent, tokenizer, config))
     chooser = Chooser(model, tokenizer, score, n, config.max_new_tokens)
-    figures = measure_choice(chooser, prompts, n, stage.task)
+    figures = measure_choice(chooser, rows, n, stage.task)
     return {f"{name.removesuffix('_drawn')}_best_of_{n}": value for name, value in figures.items()}
 
 
 def measure(
     model: PreTrainedModel,
     reference: PreTrainedModel,
-    score: Callable[[list[Chat]], list[float]],
+    score: Scorer,
     tokenizer: PreTrainedTokenizerFast,
     stage: Stage,
     config: AlignConfig,
@@ -102,13 +101,13 @@ def measure(
         measured = stage.task.measure(answer_at(temperature), config.evaluate_on)
         for name, value in measured.items():
             figures[SHORT_NAMES.get(name, name) + ending] = value
-    prompts = list(measured_rows(stage.task, stage.parent, tokenizer, config)["prompt"])
-    chats = draw_chats(model, tokenizer, prompts, config.max_new_tokens)
+    rows = list(measured_rows(stage.task, stage.parent, tokenizer, config))
+    prompts = [row["prompt"] for row in rows]
+    drawn = draw_each(model, tokenizer, prompts, config.max_new_tokens)
     if isinstance(stage.task, ArdenTask):
-        figures["gold_drawn"] = gold(stage.task, chats)
-    ours, theirs = (
-        answer_logprobs(one, tokenizer, chats, config.max_new_tokens) for one in (model, reference)
-    )
+        figures["gold_drawn"] = gold(stage.task, prompts, [answer.text for answer in drawn])
+    ids = [answer.ids for answer in drawn]
+    ours, theirs = (answer_logprobs(one, tokenizer, prompts, ids) for one in (model, reference))
     figures["kl"] = statistics.fmean(ours) - statistics.fmean(theirs)
-    figures["score"] = mean_score(score(chats))
+    figures["score"] = mean_score(score(rows, drawn))
     return figures

@@ -24,12 +24,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.data_utils import is_conversational
 
-from common.batches import Chat
 from common.config import refusing
 from common.errors import UserError
 from common.rows import assistant
 from rlhf.callbacks import UpdateBoundary
-from rlhf.chooser import Chooser
+from rlhf.chooser import Chooser, Row
 from rlhf.config import PPOConfig
 from rlhf.critic import check_plain_logits
 from rlhf.prompts import EpochSampler, check_inputs, epoch_sampler, require_rollout
@@ -197,37 +196,37 @@ def build_dpo(rewards: list[Any], args: PPOConfig, train_dataset: Dataset, **res
     chooser = Chooser(
         policy.to(args.device),
         tokenizer,
-        make_scorer(rewards, weights, tokenizer, train_dataset),
+        make_scorer(rewards, weights, tokenizer, args.per_device_train_batch_size, args.device),
         several_generations(args),
         int(args.max_completion_length or 0),
     )
-    rows = preferences(chooser, list(train_dataset["prompt"]))
+    pairs = preferences(chooser, list(train_dataset))
     config = trl_config(args, "dpo")
     config.learning_rate = args.dpo_learning_rate or args.learning_rate
     config.max_length = None  # prompts that leave no room for an answer are left out already
-    return DPOTrainer(args=config, train_dataset=rows, **rest)
+    return DPOTrainer(args=config, train_dataset=pairs, **rest)
 
 
-def preferences(chooser: Chooser, prompts: list[Chat]) -> Dataset:
-    """`prompt`, `chosen`, `rejected` rows: a prompt's best and worst draw, unless they tie.
+def preferences(chooser: Chooser, rows: list[Row]) -> Dataset:
+    """`prompt`, `chosen`, `rejected` of each row: its best and worst draw, unless they tie.
 
-    A draw that no reward has a number for is neither.
+    A draw that no reward has a number for is neither; two of one text, in other tokens, tie.
     """
-    rows = []
-    chooser.draw(prompts)
-    for prompt in prompts:
-        answers, scores = chooser.all_of(prompt)
+    pairs = []
+    chooser.draw(rows)
+    for row in rows:
+        answers, scores = chooser.all_of(row)
         known = [place for place, score in enumerate(scores) if not math.isnan(score)]
         best = max(known, key=scores.__getitem__, default=0)
         worst = min(known, key=scores.__getitem__, default=0)
-        if scores[best] > scores[worst]:
-            rows.append(
+        if scores[best] > scores[worst] and answers[best] != answers[worst]:
+            pairs.append(
                 {
-                    "prompt": prompt,
+                    "prompt": row["prompt"],
                     "chosen": [assistant(answers[best])],
                     "rejected": [assistant(answers[worst])],
                 }
             )
-    if not rows:
+    if not pairs:
         raise UserError("dpo: the reward scores all answers to each prompt alike, nothing to learn")
-    return Dataset.from_list(rows)
+    return Dataset.from_list(pairs)

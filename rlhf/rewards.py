@@ -18,25 +18,28 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import json
 import math
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from common.batches import Chat, render
+from common.batches import render
 from common.errors import LocalError, UserError
-from common.scoring import score_chats
+from common.generation import Drawn
+from common.rows import assistant
 from rlhf.ensemble import Ensemble
+from rlhf.score import as_function, turn_suffix
 
 Reward = PreTrainedModel | Ensemble | Callable[..., list[float | None]]
+Scorer = Callable[[Sequence[dict[str, Any]], Sequence[Drawn]], list[float]]  # of rows, answers
 
 
 def is_function(name: str) -> bool:
@@ -183,41 +186,37 @@ def weigh(rewards: Sequence[Any], weights: list[float] | None) -> list[float]:
 
 
 def score_answers(
-    rewards: Sequence[Reward],
+    functions: Sequence[Callable[..., Sequence[float | None]]],
     weights: Sequence[float],
     tokenizer: PreTrainedTokenizerBase,
-    chats: list[Chat],
-    **rest: list[Any],
+    rows: Sequence[dict[str, Any]],
+    answers: Sequence[Drawn],
 ) -> list[float]:
-    """The weighted sum of the rewards of each conversation's last message, ended by EOS.
+    """The weighted sum of what the functions say of each answer, of the ids that were drawn.
 
     Args:
-        rewards, weights: what is summed; a None counts as 0 beside another's number.
+        functions, weights: what is summed; a None counts as 0 beside another's number.
         tokenizer: the policy's.
-        chats: conversations that end in an answer.
-        rest: further columns of the data for functions, an entry a conversation.
+        rows: what is answered, `prompt` and the further columns that functions get.
+        answers: one to each row.
 
     Returns:
         the sums; NaN where no reward of any weight has a number, as training leaves that out.
     """
-    asked = render(tokenizer, [chat[:-1] for chat in chats], ask=True)
-    whole = render(tokenizer, chats)
-    columns: dict[str, Any] = {
-        "prompts": [chat[:-1] for chat in chats],
-        "completions": [chat[-1:] for chat in chats],
-        "completion_ids": [ids[len(start) :] for ids, start in zip(whole, asked, strict=True)],
+    prompts = [row["prompt"] for row in rows]
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]} | {
+        "prompts": prompts,
+        "prompt_ids": render(tokenizer, prompts, ask=True),
+        "completions": [[assistant(answer.text)] for answer in answers],
+        "completion_ids": [answer.ids for answer in answers],
         "trainer_state": TrainerState(),
         "log_extra": lambda column, values: None,
         "log_metric": lambda name, value: None,
-    } | rest
-    totals, scored = [0.0] * len(chats), [False] * len(chats)
-    for reward, weight in zip(rewards, weights, strict=True):
-        if isinstance(reward, PreTrainedModel):
-            scores: Sequence[float | None] = score_chats(reward, tokenizer, chats)
-        elif isinstance(reward, Ensemble):
-            scores = reward.score(tokenizer, chats)
-        else:
-            scores = reward(**columns)
+    }
+    del columns["prompt"]
+    totals, scored = [0.0] * len(rows), [False] * len(rows)
+    for function, weight in zip(functions, weights, strict=True):
+        scores = function(**columns)
         totals = [t + weight * (s or 0.0) for t, s in zip(totals, scores, strict=True)]
         if weight:
             scored = [known or s is not None for known, s in zip(scored, scores, strict=True)]
@@ -228,17 +227,20 @@ def make_scorer(
     rewards: Sequence[Reward],
     weights: Sequence[float],
     tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[dict[str, Any]],
-) -> Callable[[list[Chat]], list[float]]:
-    """`score_answers` of conversations alone; functions get the columns of what these answer.
+    batch_size: int,
+    device: torch.device,
+) -> Scorer:
+    """`score_answers` by rewards as training has them: models read the same ids.
 
     Args:
-        rewards, weights, tokenizer: as of `score_answers`.
-        rows: prompts with their further columns.
+        rewards, weights, tokenizer: models and functions, and as of `score_answers`.
+        batch_size, device: of the models.
     """
+    suffix = turn_suffix(tokenizer)
+    functions = [as_function(reward, tokenizer, suffix, batch_size, device) for reward in rewards]
 
-    def score(chats: list[Chat]) -> list[float]:
-        return score_answers(rewards, weights, tokenizer, chats, **further_columns(rows, chats))
+    def score(rows: Sequence[dict[str, Any]], answers: Sequence[Drawn]) -> list[float]:
+        return score_answers(functions, weights, tokenizer, rows, answers)
 
     return score
 
@@ -251,14 +253,6 @@ def find_scorable(rewards: Tensor, weights: Tensor) -> Tensor:
         weights: (F,); what has weight 0 is only measured.
     """
     return ~rewards[:, weights != 0].isnan().all(1)
-
-
-def further_columns(rows: Iterable[dict[str, Any]], chats: list[Chat]) -> dict[str, list[Any]]:
-    """The rows' columns beside `prompt` by the prompts that the chats answer; None for others."""
-    by_prompt = {json.dumps(row["prompt"]): row for row in rows}
-    asked = [by_prompt.get(json.dumps(chat[:-1]), {}) for chat in chats]
-    names = {name for row in by_prompt.values() for name in row} - {"prompt"}
-    return {name: [row.get(name) for row in asked] for name in sorted(names)}
 
 
 def known_scores(scores: list[float]) -> list[float]:

@@ -48,7 +48,10 @@ def test_score_is_the_plain_score_and_the_answer_logprobs(parent: Path) -> None:
     model, tokenizer = load(parent, bias=0.5)
     plain = score_chats(model.plain(), tokenizer, CHATS)
     language_model = AutoModelForCausalLM.from_pretrained(parent)
-    likely = answer_logprobs(language_model, tokenizer, CHATS)
+    asked = [chat[:-1] for chat in CHATS]
+    starts = map(len, render(tokenizer, asked, ask=True))
+    answers = [row[n:] for row, n in zip(render(tokenizer, CHATS), starts, strict=True)]
+    likely = answer_logprobs(language_model, tokenizer, asked, answers)
     expected = [score + 0.5 * nats for score, nats in zip(plain, likely, strict=True)]
     assert score_chats(model, tokenizer, CHATS) == pytest.approx(expected, abs=1e-4)
     assert max(likely) < -1  # else the second feature would not show

@@ -12,18 +12,16 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 from common.errors import UserError
-from common.scoring import score_chats
+from common.generation import Drawn, as_chat
 from rlhf.align import AlignConfig, load_rewards
 from rlhf.ensemble import Ensemble
-from rlhf.rewards import score_answers
+from rlhf.rewards import make_scorer
 from rlhf.score import EnsembleScorer, as_function
 from rlhf.trainer import PPOTrainer
 
-CHATS = [
-    [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5 w5"}],
-    [{"role": "user", "content": "w6 w8"}, {"role": "assistant", "content": "w7"}],
-    [{"role": "user", "content": "w9"}, {"role": "assistant", "content": "w4 w10 w11"}],
-]
+ROWS = [{"prompt": as_chat(text)} for text in ("w4", "w6 w8", "w9")]
+ANSWERS = [Drawn("w5 w5", [5, 5, 1]), Drawn("w7", [7, 1]), Drawn("w4 w10 w11", [4, 10, 11, 1])]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -45,50 +43,45 @@ def test_by_hand() -> None:
     assert Ensemble([], 0.5, [0.0, 2.0]).combine(scores).tolist() == [1.0, 2.5]
 
 
-def test_centring_takes_a_members_constant_off(paths: list[str]) -> None:
-    """One that says 100 more of everything is no disagreement. Broken by offsets of one answer."""
-    ensemble, tokenizer = load(paths, 2.0), build_tokenizer(16)
-    members = torch.tensor([score_chats(m, tokenizer, CHATS) for m in ensemble.members])
-    ensemble.centre(tokenizer, CHATS)
-    plain = ensemble.combine(members)
-    ensemble.offsets[1] += 100
-    members[1] += 100
-    torch.testing.assert_close(ensemble.combine(members), plain, atol=1e-4, rtol=0)
-    ensemble.penalty = 0.0
-    assert float(ensemble.combine(members).mean()) == pytest.approx(0, abs=1e-5)
-
-
 def test_centred_on_prompts_that_leave_room(
     paths: list[str], policy_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As PPO trains on them: one as long as the context is left out. Broken once: all drawn to."""
+    """As PPO trains on them: one as long as the context is left out. Broken once: all drawn to;
+    offsets of one answer. On the same answers every member then has mean 0.
+    """
     asked: list[Any] = []
 
     def draw(policy: Any, tokenizer: Any, prompts: list[Any], most: int) -> list[Any]:
         asked.extend(prompts)
-        return CHATS
+        return ANSWERS[: len(prompts)]
 
-    monkeypatch.setattr("rlhf.align.draw_chats", draw)
+    monkeypatch.setattr("rlhf.align.draw_each", draw)
     monkeypatch.setattr("rlhf.align.require_go", lambda *_: None)
     monkeypatch.setattr("rlhf.align.require_parent", lambda name, _: Path(name))
     monkeypatch.setattr("rlhf.align.require_same_tokenizer", lambda *_: None)
-    prompts = [[{"role": "user", "content": " ".join(["w4"] * n)}] for n in (3, 126)]
+    prompts = [[{"role": "user", "content": " ".join(["w4"] * n)}] for n in (3, 126, 2)]
     task: Any = SimpleNamespace(
         prompt_rows=lambda *_: Dataset.from_list([{"prompt": prompt} for prompt in prompts])
     )
     config = AlignConfig(
         model_name_or_path="x", data="x", reward=paths, disagreement_penalty=0.5, max_new_tokens=8
     )
-    wanted = config, task, Path(policy_path), build_tokenizer(16), torch.device("cpu")
+    wanted = config, task, Path(policy_path), build_tokenizer(16), 2, CPU
     [ensemble] = load_rewards(*wanted)
-    assert asked == prompts[:1] and len(ensemble.members) == 3 and all(ensemble.offsets)
+    assert asked == [prompts[0], prompts[2]] and len(ensemble.members) == 3
+    rows = [{"prompt": prompt} for prompt in asked]
+    for member, offset in zip(ensemble.members, ensemble.offsets, strict=True):
+        scores = make_scorer([member], [1.0], build_tokenizer(16), 2, CPU)(rows, ANSWERS[:2])
+        assert offset == pytest.approx(sum(scores) / 2, abs=1e-6) and scores[0] != scores[1]
 
 
 def test_training_and_measuring_score_alike(paths: list[str]) -> None:
-    """Token ids and conversations. Broken by offsets that the scorer left out."""
+    """And as members alone. Broken by offsets that the scorer left out."""
     ensemble, tokenizer = load(paths, 0.7), build_tokenizer(16)
-    ensemble.centre(tokenizer, CHATS)
-    measured = score_answers([ensemble], [1.0], tokenizer, CHATS)
+    ensemble.offsets = [0.5, -2.0, 7.0]
+    measured = make_scorer([ensemble], [1.0], tokenizer, 2, CPU)(ROWS, ANSWERS)
+    members = [make_scorer([m], [1.0], tokenizer, 2, CPU)(ROWS, ANSWERS) for m in ensemble.members]
+    assert measured == pytest.approx(ensemble.combine(torch.tensor(members)).tolist(), abs=1e-5)
     scorer = as_function(ensemble, tokenizer, [], 2)
     trained = scorer(
         prompt_ids=[[2, 4, 3], [2, 6, 8, 3], [2, 9, 3]],

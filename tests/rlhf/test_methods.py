@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from common.errors import UserError
 from common.generation import generate_answers
 from rlhf.config import PPOConfig
 from rlhf.critic import plain_policy
-from rlhf.methods import build_trainer, check_run, missing_eos, trl_config
+from rlhf.methods import build_trainer, check_run, missing_eos, preferences, trl_config
 from rlhf.score import TokenScorer, turn_suffix
 from rlhf.trainer import PPOTrainer
 
@@ -344,3 +345,11 @@ def test_dpo_learns_from_its_own_best_and_worst(tmp_path: Path, policy_path: str
             train_dataset=prompts(4, conversational=True),
             processing_class=build_tokenizer(16),
         )
+
+
+def test_best_and_worst_of_one_text_are_no_pair() -> None:
+    """They were drawn in other tokens, which a row of texts loses. Broken once: a pair of them."""
+    drawn = {"a": (["x", "x"], [1.0, 0.0]), "b": (["x", "y"], [0.0, 1.0])}
+    chooser: Any = SimpleNamespace(draw=lambda rows: None, all_of=lambda row: drawn[row["prompt"]])
+    [pair] = preferences(chooser, [{"prompt": "a"}, {"prompt": "b"}])
+    assert (pair["prompt"], pair["chosen"][0]["content"]) == ("b", "y")

@@ -14,16 +14,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from common.artifacts import StageOutput, write_json
 from common.errors import UserError
+from common.generation import Drawn, as_chat
 from common.rows import assistant
 from common.stage import open_stage
 from rlhf.align import AlignConfig
 from rlhf.config import PPOConfig
 from rlhf.critic import plain_policy
 from rlhf.rewards import (
-    further_columns,
     hash_function,
     is_function,
     load_function,
+    make_scorer,
     score_answers,
     tell_apart,
     weigh,
@@ -65,9 +66,9 @@ def test_functions_in_all_of_trls_protocol(tmp_path: Path) -> None:
     body = "async def mine(completions, trainer_state, **_):\n"
     body += "    return [float(trainer_state.global_step)] * len(completions)\n"
     (tmp_path / "mine.py").write_text(body)
-    chat = [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}]
+    rows, answers = [{"prompt": as_chat("w4")}], [Drawn("w5", [5, 1])]
     mine = load_function(f"{tmp_path / 'mine.py'}:mine")
-    assert score_answers([mine], [1.0], build_tokenizer(16), [chat]) == [0.0]
+    assert score_answers([mine], [1.0], build_tokenizer(16), rows, answers) == [0.0]
 
 
 def test_rewards_are_told_apart(build: Build, tmp_path: Path) -> None:
@@ -111,12 +112,20 @@ def test_nobody_to_score_stops_the_run(build: Build) -> None:
         trainer.train()
 
 
-def test_functions_get_the_columns_of_the_prompts() -> None:
-    """Broken once: only prompts were kept, so a reward could not see the right answer."""
-    asked = [[{"role": "user", "content": text}] for text in ("a", "b")]
-    rows = [{"prompt": asked[0], "answer": "1"}, {"prompt": asked[1], "answer": "2"}]
-    chats = [[*asked[i], {"role": "assistant", "content": "x"}] for i in (1, 0, 1)]
-    assert further_columns(rows, chats) == {"answer": ["2", "1", "2"]}
+def test_functions_get_the_columns_of_their_rows() -> None:
+    """Of two that ask alike, too. Broken once: only prompts were kept, so a reward could not see
+    the right answer; columns were found by the prompt, so that both got the last one's.
+    """
+    rows = [{"prompt": as_chat(text), "answer": text} for text in ("a", "b")]
+    rows.append({"prompt": as_chat("a"), "answer": "c"})
+
+    def mine(prompts: list[Any], answer: list[str], **rest: Any) -> list[float]:
+        assert answer == ["a", "b", "c"] and prompts == [row["prompt"] for row in rows]
+        assert "prompt" not in rest
+        return [1.0, 2.0, 3.0]
+
+    answers = [Drawn("x", [4, 1])] * 3
+    assert score_answers([mine], [1.0], build_tokenizer(16), rows, answers) == [1.0, 2.0, 3.0]
 
 
 def test_a_changed_function_is_another_run(tmp_path: Path, policy_path: str) -> None:
@@ -146,30 +155,40 @@ def test_a_changed_function_is_another_run(tmp_path: Path, policy_path: str) -> 
 
 
 def test_weighted_sum_over_model_and_functions(reward_path: str) -> None:
-    """By hand: 0.5 x the model's score + 2 x the count; None is 0. Broken once: weights ignored."""
+    """By hand: 0.5 x the model's score + 2 x the count; None is 0. Of the ids that were drawn, as
+    in training: one without words, one that was cut off, one that its text would split otherwise.
+
+    Broken once: weights ignored; the text rendered anew and ended.
+    """
     tokenizer = build_tokenizer(16)
     model = AutoModelForSequenceClassification.from_pretrained(reward_path).eval()
-    chats = [
-        [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5 w5"}],
-        [{"role": "user", "content": "w6"}, {"role": "assistant", "content": "w7"}],
-    ]
+    rows = [{"prompt": as_chat(text)} for text in ("w4", "w6", "w4", "w6")]
+    answers = [Drawn("w5 w5", [5, 5, 1]), Drawn("", [1]), Drawn("w7", [7]), Drawn("w8", [9, 10, 1])]
 
-    def count(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-        assert completion_ids == [[5, 5, 1], [7, 1]]
+    def count(completion_ids: list[list[int]], completions: Any, **_: Any) -> list[float | None]:
+        assert completion_ids == [answer.ids for answer in answers]
+        assert completions == [[assistant(answer.text)] for answer in answers]
         return [float(ids.count(5)) or None for ids in completion_ids]
 
     def held_out(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [1.0] * len(completion_ids)
 
-    alone = score_answers([count, held_out], [2.0, 0.0], tokenizer, chats)
+    alone = score_answers([count, held_out], [2.0, 0.0], tokenizer, rows, answers)
     assert alone[0] == 4.0 and math.isnan(alone[1]), "a measure makes no score"
-    totals = score_answers([model, count], [0.5, 2.0], tokenizer, chats)
-    for total, ids, counted in zip(
-        totals, ([2, 4, 3, 5, 5, 1], [2, 6, 3, 7, 1]), (2, 0), strict=True
-    ):
+    score = make_scorer([model, count], [0.5, 2.0], tokenizer, 3, torch.device("cpu"))
+    for total, asked, answer in zip(score(rows, answers), (4, 6, 4, 6), answers, strict=True):
         with torch.no_grad():
-            score = float(model(input_ids=torch.tensor([ids])).logits[0, 0])
-        assert total == pytest.approx(0.5 * score + 2.0 * counted, abs=1e-5)
+            alone = model(input_ids=torch.tensor([[2, asked, 3, *answer.ids]])).logits[0, 0].item()
+        assert total == pytest.approx(0.5 * alone + 2.0 * answer.ids.count(5), abs=1e-5)
+
+
+def test_a_model_that_gives_no_numbers_stops_the_run(reward_path: str) -> None:
+    """Broken once: NaN scored, so that its answers were left out as if nothing could score them."""
+    model: Any = AutoModelForSequenceClassification.from_pretrained(reward_path)
+    model.score.weight.data.fill_(math.nan)
+    score = make_scorer([model], [1.0], build_tokenizer(16), 2, torch.device("cpu"))
+    with pytest.raises(UserError, match="the reward model gives scores that are no numbers"):
+        score([{"prompt": as_chat("w4")}], [Drawn("w5", [5, 1])])
 
 
 def test_kl_budget_stops_the_run(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
