@@ -62,12 +62,8 @@ class PretrainingText:
         Raises:
             UserError: some micro-batch of some process would have none.
         """
-        parts = accelerator.num_processes * micro_batches
-        if accelerator.distributed_type in SHARDED and self.windows < parts:
-            raise UserError(
-                f"ptx_windows ({self.windows}) must be {parts} or more where weights are sharded: "
-                "one for each micro-batch of each process"
-            )
+        if accelerator.distributed_type in SHARDED:
+            require_windows(self.windows, accelerator.num_processes * micro_batches)
 
     def loss(self, model: Any, step: int, part: int, parts: int) -> Tensor:
         """This part's share of the step's mean cross-entropy, nats a token: the parts' sum is it.
@@ -90,3 +86,16 @@ class PretrainingText:
         logits = model(input_ids=inputs, position_ids=positions, use_cache=False).logits.float()
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         return total / (self.windows * size)
+
+
+def require_windows(windows: int, parts: int) -> None:
+    """Refuse fewer windows than parts of an optimizer step, where weights are sharded.
+
+    Raises:
+        UserError: some micro-batch of some process would have none.
+    """
+    if windows < parts:
+        raise UserError(
+            f"ptx_windows ({windows}) must be {parts} or more where weights are sharded: one for "
+            "each micro-batch of each process"
+        )

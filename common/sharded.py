@@ -3,7 +3,7 @@
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -15,6 +15,11 @@ from torch.distributed.fsdp import FSDPModule
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def will_shard() -> bool:
+    """Whether processes will share the weights, as the launcher says before a trainer is built."""
+    return any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
 
 
 def whole_model(accelerator: Accelerator, model: nn.Module) -> Any:

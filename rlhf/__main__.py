@@ -25,8 +25,8 @@ from common.artifacts import MetricsFile, require_kind
 from common.config import parse_config, run
 from common.errors import UserError
 from common.generation import draw_each, generate_answers
-from common.pretraining_text import PretrainingText
-from common.sharded import whole_model
+from common.pretraining_text import PretrainingText, require_windows
+from common.sharded import whole_model, will_shard
 from common.stage import (
     TRAINER_DEFAULTS,
     format_samples,
@@ -57,7 +57,7 @@ def main() -> None:
     """Align the fine-tuned model, measure before and after, leave the artifacts."""
     config, args = parse_config(AlignConfig, PPOConfig, defaults=TRAINER_DEFAULTS)
     measure_as_trained(config, args)
-    keep_ptx_to_ppo(config, args)
+    check_ptx(config, args)
     sources = {f"reward_{i}" if i else "reward": path for i, path in enumerate(config.models)}
     stage = open_stage(config, args, hash_functions_and_text(config, args), **sources)
     require_kind(stage.parent, scores=False)
@@ -114,12 +114,18 @@ def main() -> None:
     print_figures("rlhf", summary)
 
 
-def keep_ptx_to_ppo(config: AlignConfig, args: PPOConfig) -> None:
-    """Leave the loss on pretraining text out of other methods, which have none."""
+def check_ptx(config: AlignConfig, args: PPOConfig) -> None:
+    """Leave the loss on pretraining text out of other methods, which have none.
+
+    Raises:
+        UserError: PPO has too few windows of it for processes that share the weights.
+    """
     if args.ptx_coef and config.method != "ppo":
         if args.process_index == 0:
             print(f"rlhf: the loss on pretraining text is PPO's, {config.method} goes without")
         args.ptx_coef, args.ptx_data = 0.0, None
+    if args.ptx_coef and will_shard():
+        require_windows(args.ptx_windows, args.world_size * args.gradient_accumulation_steps)
 
 
 def hash_functions_and_text(config: AlignConfig, args: PPOConfig) -> dict[str, str]:

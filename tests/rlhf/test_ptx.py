@@ -14,6 +14,9 @@ from common.errors import UserError
 from common.pretraining_text import PretrainingText
 from common.token_file import write_token_file
 from common.tokenizer import train_characters
+from rlhf.__main__ import check_ptx
+from rlhf.align import AlignConfig
+from rlhf.config import PPOConfig
 from rlhf.trainer import PPOTrainer
 from tests.rlhf.conftest import build_tokenizer
 
@@ -110,3 +113,23 @@ def test_coefficient_and_text_go_together(build: Callable[..., PPOTrainer]) -> N
     with pytest.raises(UserError, match=r"ptx_coef \(-1.0\) must be 0 or more"):
         build(ptx_coef=-1.0, ptx_data="train.bin")
     assert build(ptx_coef=0.0, ptx_data="nowhere.bin").ptx is None
+
+
+def test_too_few_windows_are_refused_before_any_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where weights are sharded, and of PPO alone. Broken once: found out by the trainer, after
+    models were loaded and the start was measured.
+    """
+    config = AlignConfig(model_name_or_path="x", data="arden", reward=["judge"])
+    settings: dict[str, Any] = {"ptx_coef": 1.0, "ptx_data": "x", "use_cpu": True}
+    settings |= {"gradient_accumulation_steps": 4, "report_to": "none"}
+    few, enough = (PPOConfig(**settings, ptx_windows=windows) for windows in (3, 4))
+    check_ptx(config, few)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_ptx(config, enough)
+    with pytest.raises(
+        UserError, match=r"ptx_windows \(3\) must be 4 or more where weights are sh"
+    ):
+        check_ptx(config, few)
+    config.method = "rloo"
+    check_ptx(config, few)
+    assert few.ptx_coef == 0
