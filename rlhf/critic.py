@@ -149,17 +149,21 @@ def language_model(policy: PreTrainedModel | PeftModel) -> Any:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Turn off dropout layers, and attention dropout that models keep as a number.
+    """Turn off dropout layers, and dropout that models keep as a number.
 
-    Some copy that number from the config to the module, some read the config in each forward.
+    Most copy that number from the config to a module (`attention_dropout`, OPT's `dropout` and
+    `layerdrop`), some read the config in each forward.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for holder in (module, getattr(module, "config", None)):
-            for name in ("attention_dropout", "attn_pdrop"):
-                if isinstance(getattr(holder, name, None), float):
-                    setattr(holder, name, 0.0)
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        for name in ("attention_dropout", "hidden_dropout", "attn_pdrop"):
+            if isinstance(getattr(config, name, None), float):
+                setattr(config, name, 0.0)
 
 
 def token_states(
