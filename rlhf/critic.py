@@ -18,7 +18,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from common.errors import UserError
 from common.reward_gpt import LogprobHead
@@ -107,6 +111,7 @@ def build_critic(
         model = type(reward_model)(reward_model.config)
         model.load_state_dict(reward_model.state_dict())
     else:
+        check_critic(policy)
         config = copy.deepcopy(policy.config)
         config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(config)
@@ -280,6 +285,20 @@ def detached_critic(policy: nn.Module) -> Iterator[None]:
         yield
     finally:
         policy._modules["critic"] = critic
+
+
+def check_critic(policy: PreTrainedModel | PeftModel) -> None:
+    """Refuse a critic of its own where transformers has no sequence classifier like the policy.
+
+    Raises:
+        UserError: says what does without.
+    """
+    kind = type(language_model(policy).config)
+    if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"there is no critic like a {kind.model_type}, of which transformers has no sequence "
+            "classifier: share_trunk true, or a reward model to start from"
+        )
 
 
 @torch.no_grad()

@@ -30,9 +30,9 @@ from common.rows import assistant
 from rlhf.callbacks import UpdateBoundary
 from rlhf.chooser import Chooser, Row
 from rlhf.config import PPOConfig
-from rlhf.critic import check_plain_logits
+from rlhf.critic import check_critic, check_plain_logits
 from rlhf.prompts import EpochSampler, check_inputs, epoch_sampler, require_rollout
-from rlhf.rewards import find_scorable, make_scorer, tell_apart, weigh
+from rlhf.rewards import find_scorable, is_model, make_scorer, tell_apart, weigh
 from rlhf.sampling import sample_fast
 from rlhf.score import as_function, turn_suffix
 from rlhf.trainer import PPOTrainer
@@ -140,6 +140,12 @@ def check_run(
                 f"not trained on, of weight 0 in reward_weights; there are: {measures}"
             )
     if method == "ppo":
+        weights = weigh(rewards, args.reward_weights)
+        pairs = zip(rewards, weights, strict=True)
+        if not args.share_trunk and not any(
+            weight and is_model(reward) for reward, weight in pairs
+        ):
+            check_critic(policy)
         check_plain_logits(policy)
         check_inputs(policy.config.name_or_path, args, prompts, tokenizer)
         return

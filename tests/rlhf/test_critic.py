@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import build_tokenizer, count_w5, prompts
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -12,15 +13,20 @@ from transformers import (
     BloomConfig,
     FalconConfig,
     GPTNeoXConfig,
+    MambaConfig,
     OPTConfig,
 )
 
+from common.errors import UserError
+from rlhf.config import PPOConfig
 from rlhf.critic import (
     ROWS_AT_ONCE,
     ChosenLogprobs,
+    build_critic,
     disable_dropout,
     token_logprobs,
 )
+from rlhf.methods import check_run
 
 
 def test_chosen_logprobs_equal_cross_entropy() -> None:
@@ -99,3 +105,21 @@ def test_no_dropout_is_left(config: Any) -> None:
     disable_dropout(model)
     for _ in range(3):
         assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_no_critic_like_a_state_space_model() -> None:
+    """Said in one line, before any work, unless none is wanted or a reward model is one. Broken
+    once: a traceback from within transformers.
+    """
+    config = MambaConfig(**SIZES, state_size=4, pad_token_id=0, eos_token_id=1)
+    policy = AutoModelForCausalLM.from_config(config)
+    policy.config.name_or_path = "mamba"
+    nothing: Any = None
+    named: dict[str, Any] = {"use_cpu": True, "report_to": "none", "max_completion_length": 4}
+    run = [count_w5], PPOConfig(**named), policy, build_tokenizer(16), prompts(64)
+    with pytest.raises(UserError, match=r"no critic like a mamba, .*: share_trunk true"):
+        check_run("ppo", *run)
+    with pytest.raises(UserError, match="no critic like a mamba"):
+        build_critic(policy, nothing)
+    check_run("ppo", run[0], PPOConfig(**named, share_trunk=True), *run[2:])
+    check_run("rloo", *run)
