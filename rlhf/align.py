@@ -117,7 +117,7 @@ def load_reward(
             raise UserError(f"reward (judge) knows the truth of arden alone: not of {config.data}")
         return task.gold_reward
     if is_function(name):
-        return load_function(name)
+        return load_function(name, config.keep_columns)
     path = require_parent(name, config.parent_command)
     require_kind(path, scores=True)
     require_go(path, config.allow_no_go)

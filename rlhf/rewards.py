@@ -39,6 +39,8 @@ from rlhf.ensemble import Ensemble
 from rlhf.score import as_function, turn_suffix
 
 Reward = PreTrainedModel | Ensemble | Callable[..., list[float | None]]
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 Scorer = Callable[[Sequence[dict[str, Any]], Sequence[Drawn]], list[float]]  # of rows, answers
 
 
@@ -73,11 +75,15 @@ def find_module(name: str) -> ModuleSpec:
     return found
 
 
-def load_function(name: str) -> Callable[..., list[float | None]]:
+def load_function(name: str, kept: Sequence[str] = ()) -> Callable[..., list[float | None]]:
     """The function that `module:function` or `path.py:function` names.
 
+    Args:
+        name: as in a configuration.
+        kept: columns of the data that it is given beside `GIVEN`.
+
     Raises:
-        UserError: no such file or module, no such function in it.
+        UserError: no such file or module, no such function in it, or one for other arguments.
     """
     place, _, function = name.rpartition(":")
     spec: Any = find_module(name)
@@ -92,12 +98,36 @@ def load_function(name: str) -> Callable[..., list[float | None]]:
     if not callable(found):
         near = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
         raise UserError(f"reward ({name}): {place} has no function {function}, but {near}")
+    require_arguments(name, found, kept)
     return checked(name, found)
 
 
+def require_arguments(name: str, function: Callable[..., Any], kept: Sequence[str]) -> None:
+    """Refuse a function that cannot be called by name with `GIVEN` and the columns that are kept.
+
+    Raises:
+        UserError: it asks for more, or does not take all; with the cure.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    given, rest = [*GIVEN, *kept], [p for p in parameters if p.kind == p.VAR_KEYWORD]
+    named = {p.name: p.default is p.empty for p in parameters if p.kind in BY_NAME}
+    asked = [argument for argument, must in named.items() if must and argument not in given]
+    if asked:
+        raise UserError(
+            f"reward ({name}) asks for {', '.join(asked)}: a column of the data is given where it "
+            f"is kept, keep_columns: [{', '.join([*kept, *asked])}]"
+        )
+    left = [argument for argument in given if argument not in named]
+    if left and not rest:
+        raise UserError(f"reward ({name}) takes no {left[0]}: let it end in **rest")
+
+
 @contextlib.contextmanager
-def one_line(name: str) -> Iterator[None]:
-    """What goes wrong in the code of the reward `name`, with its place, as a `LocalError`."""
+def one_line(name: str, cure: str = "") -> Iterator[None]:
+    """What goes wrong in the code of the reward `name`, with its place, as a `LocalError`.
+
+    `cure` is added where a key is missing.
+    """
     try:
         yield
     except Exception as error:
@@ -105,6 +135,7 @@ def one_line(name: str) -> Iterator[None]:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise LocalError(
             f"reward ({name}) fails at {place.filename}, line {place.lineno}: {said}"
+            + (cure if isinstance(error, KeyError) else "")
         ) from error
 
 
@@ -118,7 +149,7 @@ def checked(name: str, function: Callable[..., Any]) -> Callable[..., list[float
     @functools.wraps(function)
     def score(completions: list[Any], **columns: Any) -> list[float | None]:
         texts = [[m | {"content": m["content"].removeprefix(" ")} for m in c] for c in completions]
-        with one_line(name):
+        with one_line(name, "; a column of the data is kept by keep_columns: [..]"):
             given = function(completions=texts, **columns)
             found = list(asyncio.run(given) if inspect.iscoroutine(given) else given)
             scores = [None if value is None else float(value) for value in found]

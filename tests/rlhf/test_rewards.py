@@ -95,6 +95,7 @@ def test_rewards_are_told_apart(build: Build, tmp_path: Path) -> None:
         ("return 3", r"fails at .*rewards.py, line \d+: TypeError: 'int' object is not iterable"),
         ("return ['a', 'b']", "ValueError: could not convert string to float"),
         ("return 1 / 0", r"fails at .*mine.py, line 2: ZeroDivisionError: division by zero"),
+        ("return _['answer']", r"line 2: KeyError: 'answer'; .* kept by keep_columns: \[\.\.\]"),
     ],
 )
 def test_what_a_function_gives_is_looked_at(tmp_path: Path, body: str, message: str) -> None:
@@ -103,6 +104,25 @@ def test_what_a_function_gives_is_looked_at(tmp_path: Path, body: str, message: 
     file.write_text(f"def mine(completions, **_):\n    {body}\n")
     with pytest.raises(UserError, match=message):
         load_function(f"{file}:mine")(completions=[[assistant("a")], [assistant("b")]])
+
+
+def test_what_a_function_asks_for_is_kept(tmp_path: Path) -> None:
+    """Refused as it is loaded, with the cure. Broken once: a TypeError at the first answers."""
+    file = tmp_path / "mine.py"
+    for arguments, message in (
+        (
+            "completions, answer, *, topic, **_",
+            r"asks for answer: .* keep_columns: \[topic, answer\]",
+        ),
+        ("completions, topic", r"takes no prompts: let it end in \*\*rest"),
+        ("completions, topic, answer='', **_", None),
+    ):
+        file.write_text(f"def mine({arguments}):\n    return [1.0] * len(completions)\n")
+        if message is None:
+            load_function(f"{file}:mine", ["topic"])
+            continue
+        with pytest.raises(UserError, match=message):
+            load_function(f"{file}:mine", ["topic"])
 
 
 def test_nobody_to_score_stops_the_run(build: Build) -> None:
