@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from common.tokenizer import hash_tokenizer, load_tokenizer
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers")
 MEASURED = "best_of_n.json"  # of a run's parent, by rlhf.best_of_n; it may lie there before the run
+MEASURED_FROM = "best_of_n.manifest.json"  # what those figures are of
 TELLING = {"summary.json": 1, "manifest.json": 2}  # of a run, in the order in which they go
 _held: dict[Path, int] = {}  # directories that this process works in, and what locks them
 
@@ -95,7 +97,7 @@ class StageOutput:
         identity = {name: value for name, value in config.items() if name not in passed_over}
         self.manifest = {"config": identity, "sources": sources}
         old = self._read_manifest()
-        changed = "" if old is None else _first_difference(old, self.manifest, passed_over)
+        changed = "" if old is None else first_difference(old, self.manifest, passed_over)
         if changed and not overwrite and self._holds_work():
             raise UserError(
                 f"{self.path} holds a run with {changed}: "
@@ -136,7 +138,7 @@ class StageOutput:
             entry
             for entry in sorted(self.path.iterdir())
             if not entry.name.startswith(".")
-            and entry.name != MEASURED
+            and entry.name not in (MEASURED, MEASURED_FROM)
             and not (entry / "manifest.json").exists()
             and not (entry.is_dir() and not any(entry.iterdir()))
         ]
@@ -397,7 +399,9 @@ def _hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _first_difference(old: dict[str, Any], new: dict[str, Any], passed_over: set[str]) -> str:
+def first_difference(
+    old: dict[str, Any], new: dict[str, Any], passed_over: Collection[str] = ()
+) -> str:
     """E.g. `seed 1 (now 2)`; empty where configuration and sources are equal."""
     for group in ("config", "sources"):
         before, after = old.get(group, {}), new[group]

@@ -1,6 +1,8 @@
 """Best of n: the KL in closed form, and who is chosen."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,10 +10,14 @@ from conftest import build_tokenizer
 from transformers import AutoModelForCausalLM
 
 from common import generation
+from common.artifacts import MEASURED, MEASURED_FROM, write_json
 from common.batches import render
+from common.errors import UserError
 from common.generation import as_chat, draw_each
-from rlhf.best_of_n import best_of_n_kl
+from rlhf.align import AlignConfig
+from rlhf.best_of_n import BestOfConfig, best_of_n_kl, identify, rows_to_keep
 from rlhf.chooser import Chooser
+from rlhf.config import PPOConfig
 
 
 def exact_kl(n: int, answers: int) -> float:
@@ -134,3 +140,31 @@ def test_drawn_ids_end_with_the_end_or_not_at_all(policy_path: str) -> None:
         assert 1 not in ids[:-1] and (ids[-1] == 1 or len(ids) == 4)
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
     assert len(lengths) > 1
+
+
+def test_figures_of_another_configuration_are_not_replaced(
+    tmp_path: Path, policy_path: str
+) -> None:
+    """Those of other n stay. Broken once: all written over without a word."""
+    task: Any = SimpleNamespace(fingerprint=lambda: "x")
+
+    def look(n: list[int], overwrite: bool = False, **changed: Any) -> list[dict[str, Any]]:
+        fields = {"model_name_or_path": policy_path, "data": "arden", "reward": "judge"}
+        config = AlignConfig(**fields | changed)
+        args = PPOConfig(use_cpu=True, report_to="none")
+        manifest = identify(BestOfConfig(n=n), config, args, Path(policy_path), task)
+        kept = rows_to_keep(tmp_path, manifest, n, overwrite)
+        write_json(tmp_path / MEASURED_FROM, manifest)
+        write_json(tmp_path / MEASURED, [*kept, *({"n": one} for one in n)])
+        return kept
+
+    assert look([1, 4]) == [] and look([4, 8]) == [{"n": 1}]
+    assert look([8], method="rloo", best_of=4) == [{"n": 1}, {"n": 4}]  # of no influence
+    with pytest.raises(
+        UserError, match=r"holds figures with evaluate_on test \(now dev\): give ano"
+    ):
+        look([8], evaluate_on="dev")
+    assert look([8], True, evaluate_on="dev") == []
+    (tmp_path / MEASURED_FROM).unlink()
+    with pytest.raises(UserError, match="holds figures with an unknown configuration"):
+        look([8], evaluate_on="dev")
