@@ -58,3 +58,17 @@ def test_bounds(option: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["chat", *option])
     with pytest.raises(UserError, match=rf"{option[0].strip('-')} \({option[1]}\)"):
         chat.main()
+
+
+def test_finds_the_newest_stage_that_is_finished(tmp_path: Path) -> None:
+    """Broken once: the oldest; a stage that was begun."""
+    with pytest.raises(UserError, match=r"no finished model in .*: run `make all"):
+        chat.find_model(tmp_path, None)
+    for stage in ("pretrain", "sft", "reward"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "config.json").touch()
+    (tmp_path / "rlhf").mkdir()
+    assert chat.find_model(tmp_path, None) == tmp_path / "sft"
+    assert chat.find_model(tmp_path, "pretrain") == tmp_path / "pretrain"
+    with pytest.raises(UserError, match="run `make rlhf"):
+        chat.find_model(tmp_path, "rlhf")

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from common.errors import UserError
 from rlhf import frontier
-from rlhf.frontier import FrontierConfig, collect, plan_runs, write_table
+from rlhf.frontier import FrontierConfig, collect, keep_to_one_setting, plan_runs, write_table
 from rlhf.frontier_plot import HEIGHT, TOP, WIDTH, Panel, plot_frontier
 from tests.toy import save_toy
 
@@ -171,3 +171,19 @@ def test_picture_puts_points_where_they_belong() -> None:
     mean = f"{100 + math.sqrt(3 / 4) * WIDTH:.1f},{TOP + HEIGHT / 2:.1f}"
     assert f'points="{mean}"' in curve
     assert ElementTree.fromstring(plot_frontier([])) is not None
+
+
+def test_every_reward_of_a_frontier_is_known(tmp_path: Path) -> None:
+    """Of several, too. Broken once: only one that stands alone was looked at."""
+    for name in ("sft", "one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    stage = {"data": "arden", "model_name_or_path": str(tmp_path / "sft")}
+    stage["reward"] = [str(tmp_path / "one"), str(tmp_path / "two")]
+    (tmp_path / "rlhf.yaml").write_text(yaml.safe_dump(stage))
+    config = FrontierConfig(stage_config=str(tmp_path / "rlhf.yaml"))
+    for _ in range(2):
+        keep_to_one_setting(tmp_path / "out", config)
+    (tmp_path / "two" / "model.safetensors").write_text("another")
+    with pytest.raises(UserError, match=r"out holds runs with models .*: give another"):
+        keep_to_one_setting(tmp_path / "out", config)

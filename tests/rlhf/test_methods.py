@@ -306,7 +306,7 @@ def test_reward_model_scores_the_same_tokens_under_trl(
 
 def test_dpo_learns_from_its_own_best_and_worst(tmp_path: Path, policy_path: str) -> None:
     """Answers with more w5 are chosen, and become likelier. Broken: best and worst exchanged; PPO's
-    learning rate taken.
+    learning rate taken; rows cut at TRL's max_length.
 
     What the rows hold is recomputed from the answers' texts.
     """
@@ -321,7 +321,7 @@ def test_dpo_learns_from_its_own_best_and_worst(tmp_path: Path, policy_path: str
         processing_class=build_tokenizer(16),
     )
     assert type(trainer) is DPOTrainer and trainer.args.max_steps == args.max_steps
-    assert trainer.args.beta == args.beta
+    assert trainer.args.beta == args.beta and trainer.args.max_length is None
     rows = trainer.train_dataset
     for chosen, rejected in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True):
         assert list(chosen).count(5) / len(chosen) > list(rejected).count(5) / len(rejected)

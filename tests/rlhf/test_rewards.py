@@ -16,8 +16,9 @@ from common.artifacts import StageOutput, write_json
 from common.errors import UserError
 from common.generation import Drawn, as_chat
 from common.rows import assistant
-from common.stage import open_stage
-from rlhf.align import AlignConfig
+from common.stage import open_stage, open_task
+from rlhf.__main__ import set_scale
+from rlhf.align import AlignConfig, align_prompts
 from rlhf.config import PPOConfig
 from rlhf.critic import plain_policy
 from rlhf.rewards import (
@@ -287,3 +288,52 @@ def test_a_scale_that_was_given_stays(
     args = PPOConfig(str(tmp_path), use_cpu=True, **given)
     args.scale_scores(0.7, std)
     assert args.score_scale == mean_and_std
+
+
+def test_kept_columns_reach_a_function_in_training(
+    build: Build, tmp_path: Path, policy_path: str
+) -> None:
+    """From the configuration on. Broken once: not passed on to the data."""
+    data, seen = tmp_path / "asked.jsonl", set()
+    rows = [{"prompt": " ".join(["w4"] * n), "answer": n} for n in range(1, 41)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    config = AlignConfig(
+        policy_path, str(data), reward=["x:y"], max_new_tokens=6, keep_columns=["answer"]
+    )
+
+    def mine(prompts: list[Any], answer: list[str], **_: Any) -> list[float]:
+        asked = [prompt[-1]["content"].count("w4") for prompt in prompts]
+        seen.update(zip(asked, answer, strict=True))
+        return [1.0] * len(answer)
+
+    kept = align_prompts(
+        open_task(config), Path(policy_path), build_tokenizer(16), config, "align", 16
+    )
+    build(reward_funcs=mine, dataset=kept, num_updates=1).train()
+    assert len(seen) == 16 and all(str(words) == n for words, n in seen)
+
+
+def test_scale_is_of_what_is_trained_on(tmp_path: Path, reward_path: str) -> None:
+    """By hand: 1 and 4 have mean 2.5 and deviation 1.5; who has no number is left out. A deviation
+    is taken where a model is trained on: a function's scale is its author's. Broken once: taken of
+    a model of weight 0, too; NaN averaged.
+    """
+    model: Any = AutoModelForSequenceClassification.from_pretrained(reward_path)
+    config = AlignConfig("x", "arden", reward=["a", "m:f"])
+    for weights, scale in (([1.0, 1.0], (2.5, 1.5)), ([0.0, 1.0], (2.5, 1.0))):
+        args = PPOConfig(str(tmp_path), use_cpu=True)
+        set_scale([1.0, math.nan, 4.0], [model, count_w5], weights, config, args)
+        assert args.score_scale == scale
+    with pytest.raises(UserError, match=r"reward \(a, m:f\) has no number for any answer"):
+        set_scale([math.nan], [model, count_w5], [1.0, 1.0], config, args)
+
+
+def test_a_reward_model_pads_as_the_policy_does(reward_path: str) -> None:
+    """Else it looks for the last token where there is padding. Broken once: its own pad id left."""
+    model: Any = AutoModelForSequenceClassification.from_pretrained(reward_path)
+    model.config.pad_token_id = 15
+    score = make_scorer([model], [1.0], build_tokenizer(16), 2, torch.device("cpu"))
+    rows, answers = [{"prompt": as_chat("w4")}] * 2, [Drawn("w5", [5, 1]), Drawn("", [1] * 9)]
+    together = score(rows, answers)
+    alone = [score([row], [one])[0] for row, one in zip(rows, answers, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-5) and alone[0] != pytest.approx(alone[1])

@@ -425,6 +425,7 @@ def test_refusals(build: Build, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"sync_ref_model": True}, r"sync_ref_model \(True\): PPO's reference stays as it was"),
         ({"generation_kwargs": {"top_k": 1}}, r"generation_kwargs \(.*PPO trains the distribution"),
         ({"chat_template_kwargs": {"brief": True}}, r"chat_template_kwargs \(.*write them into it"),
         ({"max_completion_length": None}, r"max_completion_length \(None\) must be a whole number"),
@@ -461,3 +462,35 @@ def test_config_counts() -> None:
     assert config.generation_batch_size == 8 * 2 * 4
     assert config.max_steps == 5 * 12 and config.micro_steps_per_update == 24
     assert config.bf16 is False and config.num_generations == 1
+
+
+def test_truncated_completions_can_be_left_out(build: Build) -> None:
+    """Broken once: the setting read by nothing."""
+    for masked, tokens in ((False, [2, 4]), (True, [2, 0])):
+        trainer = build(mask_truncated_completions=masked)
+        trainer._generate = lambda _: ([[4, 5]] * 16, [[5, 1], [5, 5, 5, 5]] * 8, [""] * 16)
+        rollout, _ = trainer._generate_and_score_completions([{"prompt": "w4 w5"}] * 16)
+        assert rollout.train_mask.sum(1).tolist() == tokens * 8
+
+
+def test_advantages_are_whitened_or_as_they_are(build: Build, reward_path: str) -> None:
+    """As they are, they are what the returns are above the values. Broken once: always whitened."""
+    for whitened in (False, True):
+        trainer = build(reward_funcs=reward_path, normalize_advantages=whitened)
+        trainer.model.train()
+        rollout, _ = trainer._generate_and_score_completions(list(trainer.train_dataset)[:16])
+        trainer._estimate_advantages(rollout)
+        mask = rollout.train_mask
+        plain = (rollout.returns - rollout.values)[mask]
+        expected = (plain - plain.mean()) / plain.std(correction=0) if whitened else plain
+        torch.testing.assert_close(rollout.advantages[mask], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_critic_can_start_at_zero(build: Build, reward_path: str) -> None:
+    """On the reward model's trunk all the same. Broken once: the head copied."""
+    trainer = build(reward_funcs=reward_path, critic_head="zero", score_mean=0.3, score_std=2.0)
+    where = {"prompt_lengths": torch.tensor([2]), "completion_mask": torch.ones(1, 2).bool()}
+    assert not trainer.model(input_ids=torch.tensor([[4, 5, 6, 1]]), **where)[2].any()
+    theirs = AutoModelForSequenceClassification.from_pretrained(reward_path).base_model
+    ours = trainer.model.critic.model.base_model.state_dict()
+    assert all(torch.equal(ours[name], p) for name, p in theirs.state_dict().items())
