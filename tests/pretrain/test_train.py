@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.token_file import TokenFile, write_token_file
 from common.tokenizer import train_characters
 from common.windows import evaluation_spans
-from pretrain.__main__ import make_model
+from pretrain.__main__ import make_model, require_windows
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.train import Windows, describe_step, evaluate, rate_at, train
 
@@ -138,6 +138,15 @@ def test_goes_on_compiled_as_it_began(
     for _ in range(2):
         train(model, file, file, config, Accelerator())
     assert asked == [None, True]
+
+
+def test_text_too_short_to_train_or_measure_on() -> None:
+    """At the least of both parts and one token below. Seen to fail with one token less asked for,
+    and with the parts confused."""
+    require_windows([range(24), range(9)], 8, "x")
+    for lengths, part in (((23, 9), "23 tokens for train"), ((24, 8), "8 tokens for validation")):
+        with pytest.raises(UserError, match=f"x has {part}: at least"):
+            require_windows([range(count) for count in lengths], 8, "x")
 
 
 def test_evaluation_sums_over_tokens(toy: Toy, tmp_path: Path) -> None:
