@@ -18,7 +18,7 @@ from common.generation import Drawn, as_chat
 from common.rows import assistant
 from common.stage import open_stage, open_task
 from rlhf.__main__ import set_scale
-from rlhf.align import AlignConfig, align_prompts
+from rlhf.align import AlignConfig, align_prompts, load_reward
 from rlhf.config import PPOConfig
 from rlhf.critic import plain_policy
 from rlhf.rewards import (
@@ -109,21 +109,18 @@ def test_what_a_function_gives_is_looked_at(tmp_path: Path, body: str, message: 
 
 def test_what_a_function_asks_for_is_kept(tmp_path: Path) -> None:
     """Refused as it is loaded, with the cure. Broken once: a TypeError at the first answers."""
-    file = tmp_path / "mine.py"
-    for arguments, message in (
-        (
-            "completions, answer, *, topic, **_",
-            r"asks for answer: .* keep_columns: \[topic, answer\]",
-        ),
-        ("completions, topic", r"takes no prompts: let it end in \*\*rest"),
-        ("completions, topic, answer='', **_", None),
-    ):
+    file, nothing = tmp_path / "mine.py", None
+    config = AlignConfig("x", "rows.jsonl", reward=["x:y"], keep_columns=["topic"])
+
+    def load(arguments: str) -> None:
         file.write_text(f"def mine({arguments}):\n    return [1.0] * len(completions)\n")
-        if message is None:
-            load_function(f"{file}:mine", ["topic"])
-            continue
-        with pytest.raises(UserError, match=message):
-            load_function(f"{file}:mine", ["topic"])
+        load_reward(f"{file}:mine", nothing, nothing, config, nothing)  # type: ignore[arg-type]
+
+    with pytest.raises(UserError, match=r"asks for answer: .* keep_columns: \[topic, answer\]"):
+        load("completions, answer, *, topic, **_")
+    with pytest.raises(UserError, match=r"takes no prompts: let it end in \*\*rest"):
+        load("completions, topic")
+    load("completions, topic, answer='', **_")
 
 
 def test_nobody_to_score_stops_the_run(build: Build) -> None:
