@@ -150,11 +150,12 @@ def prepare_text(task: Task, config: ModelConfig, folder: Path) -> None:
     """Tokenizer and token files in `folder`; says how many characters are unknown."""
     if (folder / "validation.bin.json").exists():
         return
-    tokenizer = make_tokenizer(config, task.tokenizer_texts())
+    texts, documents = task.tokenizer_texts(), task.documents_apart
+    tokenizer = make_tokenizer(config, texts, documents=documents)
     tokenizer.save_pretrained(folder)
     for split in SPLITS:
         path = folder / f"{split}.bin"
-        info = write_token_file(task.texts(split), tokenizer, path, documents=task.documents_apart)
+        info = write_token_file(task.texts(split), tokenizer, path, documents=documents)
         print(f"{split}: {info}")
 
 

@@ -211,7 +211,8 @@ def main() -> None:
     vocab_size = model_config.vocab_size
     if model_config.tokenizer != "bpe":  # no more than is in the text, or in the directory
         task = load_task(config.data, plays=config.plays, columns=config.columns)
-        vocab_size = model_vocab_size(make_tokenizer(model_config, task.tokenizer_texts()))
+        texts, documents = task.tokenizer_texts(), task.documents_apart
+        vocab_size = model_vocab_size(make_tokenizer(model_config, texts, documents=documents))
     sizes = gpt_config(model_config, vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     counts = count(sizes, config.per_device_train_batch_size, here=machine.here)
     for name, value in plan(counts, config, sizes.max_position_embeddings, machine).items():

@@ -16,8 +16,15 @@ from common.tokenizer import load_tokenizer, train_bpe, train_characters
 from pretrain.config import ModelConfig, PretrainConfig
 
 
-def make_tokenizer(config: ModelConfig, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train the tokenizer that the configuration names on `texts`, or load it."""
+def make_tokenizer(
+    config: ModelConfig, texts: Iterable[str], *, documents: bool
+) -> PreTrainedTokenizerFast:
+    """Train the tokenizer that the configuration names on `texts`, or load it.
+
+    Raises:
+        UserError: the one to load has no token to end `documents` with, or a blank page's model
+            lacks one that its configuration names.
+    """
     if config.tokenizer == "characters":
         return train_characters(texts)
     if config.tokenizer == "bpe":
@@ -25,6 +32,13 @@ def make_tokenizer(config: ModelConfig, texts: Iterable[str]) -> PreTrainedToken
     tokenizer = load_tokenizer(Path(str(config.tokenizer)))
     if tokenizer.bos_token is None:  # Qwen3's: a document ends, and the next begins with that
         tokenizer.bos_token = tokenizer.eos_token
+    blank = config.model_name_or_path is None
+    for name, needed in {"eos_token": documents or blank, "pad_token": blank}.items():
+        if needed and getattr(tokenizer, name) is None:
+            raise UserError(
+                f"tokenizer ({config.tokenizer}) has no {name}: name one of its tokens so in "
+                f"{config.tokenizer}/tokenizer_config.json"
+            )
     return tokenizer
 
 
@@ -79,7 +93,7 @@ class TokenStream:
         )
         if not index.exists:
             print(f"pretrain: {model.tokenizer} tokenizer, {self.folder}")
-            make_tokenizer(model, self._first_texts()).save_pretrained(self.folder)
+            make_tokenizer(model, self._first_texts(), documents=True).save_pretrained(self.folder)
             index.write()
         if not index.complete:
             place = index.shards[-1]["place"] if index.shards else None
