@@ -17,7 +17,8 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ TELLING = {"summary.json": 1, "manifest.json": 2}  # of a run, in the order in w
 _held: dict[Path, int] = {}  # directories that this process works in, and what locks them
 
 
-def hold(folder: Path) -> None:
-    """Keep other processes out of `folder` as long as this one lives, however it ends.
+def hold(folder: Path, flag: str = "--output_dir") -> None:
+    """Keep other processes out of `folder`, `flag`'s, as long as this one lives, however it ends.
 
     Raises:
         UserError: another one is at work there.
@@ -50,11 +51,23 @@ def hold(folder: Path) -> None:
         os.close(lock)
         raise UserError(
             f"{folder}: another process is at work there; wait until it ends, or give another "
-            "--output_dir"
+            f"{flag}"
         ) from error
     except OSError:
         pass  # a file system without locks
     _held[folder.resolve()] = lock
+
+
+@contextmanager
+def held(folder: Path, flag: str) -> Iterator[None]:
+    """`hold`, no longer than the block lasts."""
+    before = folder.resolve() in _held
+    hold(folder, flag)
+    try:
+        yield
+    finally:
+        if not before:
+            os.close(_held.pop(folder.resolve()))
 
 
 class StageOutput:

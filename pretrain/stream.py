@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from common.artifacts import held
 from common.data import require_two_parts
 from common.errors import UserError
 from common.mixture import Source
@@ -75,11 +76,19 @@ class TokenStream:
         """Write what the shards lack; the tokenizer, trained on the text's start, comes first.
 
         Raises:
-            UserError: `shards_dir` holds tokens of another text, tokenizer or split; one part of
-                the split would be empty.
+            UserError: `shards_dir` holds tokens of another text, tokenizer or split; another
+                process writes there; one part of the split would be empty.
         """
+        require_two_parts(self.config.validation_fraction)
+        if not self._index().complete:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with held(self.folder, "--shards_dir"):
+                self._write(self._index())  # read again: another run may have gone on with it
+        for split, file in zip(SPLITS, self.open()[1], strict=True):
+            print(f"{split}: {file.info}")
+
+    def _index(self) -> ShardIndex:
         model, config = self.model_config, self.config
-        require_two_parts(config.validation_fraction)
         index = ShardIndex(
             self.folder,
             {
@@ -91,6 +100,10 @@ class TokenStream:
                 "max_text_bytes": config.max_text_bytes,
             },
         )
+        return index
+
+    def _write(self, index: ShardIndex) -> None:
+        model, config = self.model_config, self.config
         if not index.exists:
             print(f"pretrain: {model.tokenizer} tokenizer, {self.folder}")
             make_tokenizer(model, self._first_texts(), documents=True).save_pretrained(self.folder)
@@ -104,8 +117,6 @@ class TokenStream:
                 validation_fraction=config.validation_fraction,
                 max_bytes=config.max_text_bytes,
             )
-        for split, file in zip(SPLITS, self.open()[1], strict=True):
-            print(f"{split}: {file.info}")
 
     def open(self) -> tuple[PreTrainedTokenizerFast, list[TokenFile]]:
         """The tokenizer, and the tokens to train on and to be measured by."""

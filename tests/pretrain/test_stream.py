@@ -1,13 +1,17 @@
 """The text's tokenizer, and a stream's tokens on disk: whose they are, and who writes them."""
 
+import fcntl
+import json
+import os
 from pathlib import Path
 
 import pytest
 
 from common.errors import UserError
+from common.mixture import Source
 from common.tokenizer import train_bpe
-from pretrain.config import ModelConfig
-from pretrain.stream import make_tokenizer
+from pretrain.config import ModelConfig, PretrainConfig
+from pretrain.stream import TokenStream, make_tokenizer
 
 TEXTS = [f"document {n} of many {'words ' * (n % 5)}" for n in range(60)]
 
@@ -34,3 +38,33 @@ def test_a_tokenizer_without_a_token_that_is_needed(tmp_path: Path, missing: str
     if missing == "eos_token":
         with pytest.raises(UserError, match=said):
             make_tokenizer(parent, [], documents=True)
+
+
+def stream(folder: Path, tokenizer: str = "bpe") -> TokenStream:
+    """Of `TEXTS`, into `folder`/shards."""
+    data, shards = folder / "text.jsonl", folder / "shards"
+    if not data.exists():
+        data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    config = PretrainConfig(
+        output_dir="out", data=str(data), shards_dir=str(shards), validation_fraction=0.2
+    )
+    model_config = ModelConfig(tokenizer=tokenizer, vocab_size=320)
+    return TokenStream([Source(str(data))], model_config, config)
+
+
+def test_one_process_writes(tmp_path: Path) -> None:
+    """Others are told so, and read at once what is complete.
+
+    Broken by a second run that removed the first one's unfinished files.
+    """
+    (tmp_path / "shards").mkdir()
+    other = os.open(tmp_path / "shards", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match=r"at work there; .* give another --shards_dir"):
+        stream(tmp_path).prepare()
+    assert not list((tmp_path / "shards").iterdir())
+    fcntl.flock(other, fcntl.LOCK_UN)
+    stream(tmp_path).prepare()
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of, though this process lives
+    stream(tmp_path).prepare()
+    os.close(other)
