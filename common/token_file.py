@@ -49,7 +49,7 @@ class TokenFile:
 
     Attributes:
         tokens: (N,) memory map, uint16 or uint32; `JoinedTokens` of several files.
-        info: `TokenFileInfo`; of several, sums.
+        info: `TokenFileInfo`; of several, sums, and each tokenizer once.
 
     Raises:
         UserError: one is missing, or not the size that was written.
@@ -147,6 +147,7 @@ def _sum_infos(infos: Sequence[TokenFileInfo]) -> TokenFileInfo:
     return replace(
         infos[0],
         **sums,
+        tokenizer=" ".join(sorted({info.tokenizer for info in infos})),
         sha256=hashlib.sha256("".join(info.sha256 for info in infos).encode()).hexdigest(),
     )
 

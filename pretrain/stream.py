@@ -13,7 +13,7 @@ from common.tasks import FileTask, Task
 from common.text_stream import fingerprint, stream_texts
 from common.token_file import TokenFile
 from common.token_shards import SPLITS, ShardIndex, open_token_shards, write_token_shards
-from common.tokenizer import load_tokenizer, train_bpe, train_characters
+from common.tokenizer import hash_tokenizer, load_tokenizer, train_bpe, train_characters
 from pretrain.config import ModelConfig, PretrainConfig
 
 
@@ -100,6 +100,8 @@ class TokenStream:
                 "max_text_bytes": config.max_text_bytes,
             },
         )
+        if index.exists and model.tokenizer not in ("characters", "bpe"):  # those are made here
+            self._require_tokenizer()
         return index
 
     def _write(self, index: ShardIndex) -> None:
@@ -118,10 +120,33 @@ class TokenStream:
                 max_bytes=config.max_text_bytes,
             )
 
+    def _require_tokenizer(self) -> None:
+        """Refuse the shards where the directory named has another tokenizer by now.
+
+        Raises:
+            UserError: it would make other ids of the text, or of a document's ends.
+        """
+        given = make_tokenizer(self.model_config, (), documents=True)
+        if _identity(given) != _identity(load_tokenizer(self.folder)):
+            raise UserError(
+                f"{self.folder} holds tokens of another tokenizer than "
+                f"{self.model_config.tokenizer} has now: give another --shards_dir, or delete it"
+            )
+
     def open(self) -> tuple[PreTrainedTokenizerFast, list[TokenFile]]:
-        """The tokenizer, and the tokens to train on and to be measured by."""
+        """The tokenizer, and the tokens to train on and to be measured by.
+
+        Raises:
+            UserError: the one that lies there is not theirs.
+        """
+        tokenizer = load_tokenizer(self.folder)
         files = [open_token_shards(self.folder, split) for split in SPLITS]
-        return load_tokenizer(self.folder), files
+        if {file.info.tokenizer for file in files} != {hash_tokenizer(tokenizer)}:
+            raise UserError(
+                f"{self.folder}: the tokenizer there is not the one that wrote its tokens: give "
+                "another --shards_dir, or delete it"
+            )
+        return tokenizer, files
 
     def _first_texts(self) -> Iterator[str]:
         """`tokenizer_bytes` of the text's start."""
@@ -132,3 +157,8 @@ class TokenStream:
                 left -= len(text.encode())
             if left <= 0:
                 return
+
+
+def _identity(tokenizer: PreTrainedTokenizerFast) -> tuple[str, int | None, int | None]:
+    """What decides over the ids of documents."""
+    return hash_tokenizer(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id

@@ -57,6 +57,16 @@ def test_batch_shifts_targets_by_one(abc, tmp_path):
             file.batch([0, bad], 2)
 
 
+def test_joined_files_say_by_which_tokenizers(abc, tmp_path):
+    """Broken by the first one's alone, which hid another behind it."""
+    others = [train_characters([text]) for text in ("abd", "abc", "abd")]
+    paths = [tmp_path / f"{number}.bin" for number in range(3)]
+    for path, tokenizer in zip(paths, others, strict=True):
+        write_token_file(["ab"], tokenizer, path, documents=False)
+    said = TokenFile(*paths).info.tokenizer.split()
+    assert sorted(said) == sorted(map(hash_tokenizer, others[:2]))
+
+
 def test_wide_vocabulary_takes_four_bytes(tmp_path):
     text = "".join(map(chr, range(0x10000, 0x10000 + 66_000)))
     tokenizer = train_characters([text])

@@ -52,6 +52,32 @@ def stream(folder: Path, tokenizer: str = "bpe") -> TokenStream:
     return TokenStream([Source(str(data))], model_config, config)
 
 
+@pytest.mark.parametrize("new", [{"text": "the dog ate"}, {"eos_token": "<|user|>"}])
+def test_another_tokenizer_in_its_place(tmp_path: Path, new: dict[str, str]) -> None:
+    """By other merges, and by another end of a document. Broken by the old shards, silently."""
+    folder = save_tokenizer(tmp_path / "theirs")
+    stream(tmp_path, str(folder)).prepare()
+    stream(tmp_path, str(folder)).prepare()
+    save_tokenizer(folder, **new)
+    said = "shards holds tokens of another tokenizer than .*theirs has now: give another --shards_"
+    with pytest.raises(UserError, match=said):
+        stream(tmp_path, str(folder)).prepare()
+    index = json.loads((tmp_path / "shards" / "index.json").read_text())
+    unfinished = index | {"complete": False, "shards": []}
+    (tmp_path / "shards" / "index.json").write_text(json.dumps(unfinished))
+    with pytest.raises(UserError, match=said):
+        stream(tmp_path, str(folder)).prepare()
+    assert json.loads((tmp_path / "shards" / "index.json").read_text()) == unfinished
+
+
+def test_another_tokenizer_beside_the_tokens(tmp_path: Path) -> None:
+    """Broken by samples in other words than those that were trained on."""
+    stream(tmp_path).prepare()
+    save_tokenizer(tmp_path / "shards")
+    with pytest.raises(UserError, match="is not the one that wrote its tokens"):
+        stream(tmp_path).open()
+
+
 def test_one_process_writes(tmp_path: Path) -> None:
     """Others are told so, and read at once what is complete.
 
