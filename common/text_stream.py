@@ -41,7 +41,8 @@ def stream_texts(
         sources: files, folders, or names on the Hub, which are downloaded as they are read.
         after: the `place` of a batch; what follows is cut into the same batches as it was then.
         batch_chars: a batch ends with the document that reaches so many.
-        skip: so many wrong rows of a source are passed over, each named on stderr.
+        skip: so many wrong rows of a source, those before `after` included, are passed over, each
+            named on stderr.
 
     Raises:
         UserError: nothing is there, more rows are wrong, or a weight is not 1.
@@ -51,18 +52,25 @@ def stream_texts(
             raise UserError(f"{source.path}: streamed text is read once, weight must be 1")
         if after and number < after["source"]:
             continue
-        given = after["place"] if after and number == after["source"] else None
+        begun = after if after and number == after["source"] else {}
+        given = begun.get("place")
         files = local_files(source.path, source.split)
         rows = _HubRows(source, given) if files is None else _FileRows(files, given)
+        faults = Told(begun.get("faults", [])) if skip else []
         texts, chars = [], 0
-        for text in rows.texts(source.columns or {}, skip, Told() if skip else []):
+        for text in rows.texts(source.columns or {}, skip, faults):
             texts.append(text)
             chars += len(text)
             if chars >= batch_chars:
-                yield TextBatch(texts, {"source": number, "place": rows.place()}, rows.origin)
+                yield TextBatch(texts, _place(number, rows, faults), rows.origin)
                 texts, chars = [], 0
         if texts:
-            yield TextBatch(texts, {"source": number, "place": rows.place()}, rows.origin)
+            yield TextBatch(texts, _place(number, rows, faults), rows.origin)
+
+
+def _place(source: int, rows: "_FileRows | _HubRows", faults: list[str]) -> Place:
+    known = {"faults": list(faults)} if faults else {}
+    return {"source": source, "place": rows.place()} | known
 
 
 class Told(list[str]):

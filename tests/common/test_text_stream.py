@@ -58,6 +58,25 @@ def test_faulty_rows_can_be_passed_over(tmp_path: Path, capsys: pytest.CaptureFi
         all_texts(sources, skip=1)
 
 
+def test_faulty_rows_before_a_stop_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In each source. Broken by a count that began anew with each start: any number passed."""
+    rows = ['{"text": "a"}', "no", '{"text": "b"}', "no", '{"text": "c"}', "no", '{"text": "d"}']
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    sources = [Source(str(tmp_path / f"{name}.jsonl")) for name in ("one", "two")]
+    whole = list(stream_texts(sources, skip=3, batch_chars=1))
+    for count, batch in enumerate(whole, start=1):
+        after = json.loads(json.dumps(batch.place))
+        capsys.readouterr()
+        assert list(stream_texts(sources, after, 1, skip=3)) == whole[count:]
+        assert capsys.readouterr().err.count("faulty: ") == [6, 5, 4, 3, 3, 2, 1, 0][count - 1]
+        if count < 4:
+            with pytest.raises(UserError, match=r"one.jsonl, row 6: .*skip_faulty_rows \(2\)"):
+                list(stream_texts(sources, after, skip=2))
+
+
 def test_every_document_once_in_order(shards: Path) -> None:
     """Seen to fail without the folders in the folder."""
     assert all_texts([Source(str(shards))]) == numbers(0, 27)
