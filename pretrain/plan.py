@@ -63,7 +63,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class Counts:
-    """What one model counts, in numbers and bytes; a step of one micro-batch."""
+    """What one model counts, in numbers and bytes."""
 
     parameters: int
     flops_per_token: int
@@ -74,12 +74,15 @@ class Counts:
     peak_gradient_bytes: int  # these
 
 
-def count(config: PreTrainedConfig, batch_size: int, *, here: bool = False) -> Counts:
+def count(
+    config: PreTrainedConfig, batch_size: int, micro_batches: int = 1, *, here: bool = False
+) -> Counts:
     """Count a model of `build_config`'s, trained in bf16 autocast over float32 weights.
 
     Args:
         config: its sizes.
         batch_size: windows of block_size tokens in a micro-batch.
+        micro_batches: of a step; from the second on the gradients of those before are held.
         here: in this machine's precision, and with the attention that is fast on it.
     """
     bf16 = not here or has_bf16()
@@ -91,7 +94,7 @@ def count(config: PreTrainedConfig, batch_size: int, *, here: bool = False) -> C
             model, learning_rate=1.0, muon_learning_rate=1.0, weight_decay=0.0, bf16=bf16
         )
         weight_bytes = sum(p.nbytes for p in model.parameters())
-        step = measure_step(model, [muon, adamw], batch_size, bf16=bf16)
+        step = measure_step(model, [muon, adamw], batch_size, min(micro_batches, 2), bf16=bf16)
         return Counts(
             parameters=count_parameters(model),
             flops_per_token=flops_per_token(model),
@@ -107,26 +110,31 @@ def _bytes_of(optimizer: torch.optim.Optimizer) -> int:
     return sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
 
 
-def measure_step(model: Any, optimizers: list[Any], batch_size: int, *, bf16: bool) -> "PeakMemory":
+def measure_step(
+    model: Any, optimizers: list[Any], batch_size: int, micro_batches: int, *, bf16: bool
+) -> "PeakMemory":
     """What a step, uncompiled, holds at its peak beside weights and optimizer states.
 
     Gradients that are there by then, activations kept for the backward pass, and what is made and
     thrown away: where the vocabulary is large the loss's gradient for the logits, in float32, is
     the largest array of all.
     """
-    take_step(model, optimizers, batch_size, bf16=bf16)  # it makes the optimizers' states
+    take_step(model, optimizers, batch_size, 1, bf16=bf16)  # it makes the optimizers' states
     with PeakMemory(model) as memory:
-        take_step(model, optimizers, batch_size, bf16=bf16)
+        take_step(model, optimizers, batch_size, micro_batches, bf16=bf16)
     return memory
 
 
-def take_step(model: Any, optimizers: list[Any], batch_size: int, *, bf16: bool) -> None:
-    """Forward, backward and update on a micro-batch of whole windows."""
+def take_step(
+    model: Any, optimizers: list[Any], batch_size: int, micro_batches: int, *, bf16: bool
+) -> None:
+    """Forward and backward on micro-batches of whole windows, and the update."""
     ids = torch.zeros(batch_size, model.config.max_position_embeddings, dtype=torch.long)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss = token_loss(model, ids, ids)
-    loss.backward()
-    del loss
+    for _ in range(micro_batches):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = token_loss(model, ids, ids)
+        loss.backward()
+        del loss
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -214,7 +222,8 @@ def main() -> None:
         texts, documents = task.tokenizer_texts(), task.documents_apart
         vocab_size = model_vocab_size(make_tokenizer(model_config, texts, documents=documents))
     sizes = gpt_config(model_config, vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    counts = count(sizes, config.per_device_train_batch_size, here=machine.here)
+    windows, micro_batches = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    counts = count(sizes, windows, micro_batches, here=machine.here)
     for name, value in plan(counts, config, sizes.max_position_embeddings, machine).items():
         if name.endswith("bytes") or name == "bytes_per_device":
             print(f"{name.replace('bytes', 'GB'):<18} {value / 1e9:>14,.2f}")
