@@ -48,6 +48,7 @@ class TokenFile:
     """A token file opened for reading, or several as one, in the order given.
 
     Attributes:
+        paths: the files.
         tokens: (N,) memory map, uint16 or uint32; `JoinedTokens` of several files.
         info: `TokenFileInfo`; of several, sums, and each tokenizer once.
 
@@ -56,7 +57,8 @@ class TokenFile:
     """
 
     def __init__(self, *paths: str | Path) -> None:
-        infos, parts = zip(*(_open(Path(path)) for path in paths), strict=True)
+        self.paths = [Path(path) for path in paths]
+        infos, parts = zip(*map(_open, self.paths), strict=True)
         self.info: TokenFileInfo = infos[0]
         self.tokens: np.memmap | JoinedTokens = parts[0]
         if len(paths) > 1:
@@ -87,6 +89,16 @@ class TokenFile:
         rows = self.tokens[index[:, None] + np.arange(block_size + 1)]  # (B, T + 1)
         both = torch.from_numpy(rows.astype(np.int64))
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+    def by_file(self, places: np.ndarray) -> Iterator[tuple[Self, np.ndarray]]:
+        """The files in which `places`, (n,) int64, lie, each with those of them, counted in it."""
+        past = 0
+        for path in self.paths:
+            file = type(self)(path)
+            inside = (places >= past) & (places < past + len(file))
+            if inside.any():
+                yield file, places[inside] - past
+            past += len(file)
 
 
 class JoinedTokens:

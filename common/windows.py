@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.token_file import JoinedTokens
+from common.token_file import JoinedTokens, TokenFile
 
 Tokens = NDArray[np.unsignedinteger] | JoinedTokens
 LOOKED_THROUGH = 1 << 22  # tokens at a time, so that memory does not grow with the text
@@ -68,22 +68,20 @@ def document_begins(tokens: Tokens, bos_token_id: int) -> NDArray[np.int64]:
     return np.concatenate(found)
 
 
-def source_rows(
-    tokens: Tokens,
-    starts: NDArray[np.int64],
-    block_size: int,
-    bos_token_id: int,
+def source_documents(
+    file: TokenFile, starts: NDArray[np.int64], block_size: int, bos_token_id: int
 ) -> list[int]:
     """Which documents the windows at `starts` touch, counted from 0; none in one stream of text.
 
-    Documents of 3 tokens each: a window of 3 at token 2 has targets up to 5, in rows 0 and 1.
+    Documents of 3 tokens each: a window of 3 at token 2 has targets up to 5, in 0 and 1.
     """
-    begins = document_begins(tokens, bos_token_id)
+    begins = document_begins(file.tokens, bos_token_id)
     if not len(begins):
         return []
+    begins = begins[:: len(begins) // file.info.documents]  # every second, where eos is bos too
     first = np.searchsorted(begins, starts, side="right") - 1
     last = np.searchsorted(begins, starts + block_size, side="right") - 1  # of the last target
-    return sorted({row for a, b in zip(first, last, strict=True) for row in range(a, b + 1)})
+    return sorted({n for a, b in zip(first, last, strict=True) for n in range(a, b + 1)})
 
 
 def document_positions(inputs: torch.Tensor, bos_token_id: int) -> torch.Tensor:

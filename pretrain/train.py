@@ -29,7 +29,7 @@ from common.windows import (
     back_to_beginnings,
     document_positions,
     evaluation_spans,
-    source_rows,
+    source_documents,
     training_starts,
 )
 from pretrain.compiling import compile_if_worth
@@ -262,12 +262,18 @@ def step_starts(
 def describe_step(
     file: TokenFile, windows: Windows, step: int, config: PretrainConfig, accelerator: Accelerator
 ) -> str:
-    """Which rows of the training text a step reads, counted from 0, and which tokens."""
-    starts = np.sort(step_starts(file, windows, step, config, accelerator).ravel())
-    rows = source_rows(file.tokens, starts, windows.block_size, windows.bos_token_id)
-    named = f"rows {', '.join(map(str, rows))}, " if rows else ""
-    tokens = ", ".join(f"{start}-{start + windows.block_size}" for start in starts)
-    return f"{named}tokens {tokens} of train.bin"
+    """Which tokens of which token files a step reads, and which documents of these, from 0.
+
+    A file has the documents to train on alone, in their order: those held out are not counted.
+    """
+    said = []
+    places = np.sort(step_starts(file, windows, step, config, accelerator).ravel())
+    for part, starts in file.by_file(places):
+        documents = source_documents(part, starts, windows.block_size, windows.bos_token_id)
+        named = f"documents {', '.join(map(str, documents))}, " if documents else ""
+        tokens = ", ".join(f"{start}-{start + windows.block_size}" for start in starts)
+        said.append(f"{named}tokens {tokens} of {part.paths[0]}")
+    return "; ".join(said)
 
 
 def describe_failure(error: Exception, step: int, rates: list[float], where: str) -> str:
@@ -275,8 +281,8 @@ def describe_failure(error: Exception, step: int, rates: list[float], where: str
     shown = ", ".join(f"{rate:.3g}" for rate in rates)
     return (
         f"{error} at step {step} with learning rates {shown} (Muon's, AdamW's), on {where}: the "
-        "weights are untouched and the last checkpoint stands; look at these rows, or train anew "
-        "with lower rates and --overwrite true"
+        "weights are untouched and the last checkpoint stands; look at these (counted from 0, "
+        "docs/pretrain.md), or train anew with lower rates and --overwrite true"
     )
 
 

@@ -1,9 +1,12 @@
 """Which tokens a step trains on and which the evaluation reads."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from common.windows import back_to_beginnings, evaluation_spans, source_rows, training_starts
+from common.windows import back_to_beginnings, evaluation_spans, source_documents, training_starts
 
 
 def test_an_epoch_covers_every_window_once() -> None:
@@ -73,10 +76,17 @@ def test_spans_begin_with_documents_that_fit() -> None:
     assert evaluation_spans(np.full(9, 5, dtype=np.uint16), 5, 1) == [(0, 5), (5, 8)]
 
 
-def test_source_rows_by_hand() -> None:
-    """Seen to fail with the last target forgotten."""
-    tokens = np.array([1, 8, 9] * 4)  # 1 begins a document
-    assert source_rows(tokens, np.array([2]), 3, 1) == [0, 1]
-    assert source_rows(tokens, np.array([2]), 4, 1) == [0, 1, 2]
-    assert source_rows(tokens, np.array([9, 0]), 2, 1) == [0, 3]
-    assert source_rows(np.array([8, 9, 8]), np.array([0]), 2, 1) == []
+def file_of(tokens: list[int], documents: int) -> Any:
+    """As much of a token file as is looked at."""
+    return SimpleNamespace(tokens=np.array(tokens), info=SimpleNamespace(documents=documents))
+
+
+def test_source_documents_by_hand() -> None:
+    """Seen to fail with the last target forgotten, and with each document counted twice that both
+    begins and ends with one token, as Qwen3's do.
+    """
+    for file in (file_of([1, 8, 9] * 4, 4), file_of([1, 8, 1] * 4, 4)):  # 1 begins a document
+        assert source_documents(file, np.array([2]), 3, 1) == [0, 1]
+        assert source_documents(file, np.array([2]), 4, 1) == [0, 1, 2]
+        assert source_documents(file, np.array([9, 0]), 2, 1) == [0, 3]
+    assert source_documents(file_of([8, 9, 8], 1), np.array([0]), 2, 1) == []

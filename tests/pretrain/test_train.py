@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -75,13 +76,30 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(tmp_path: Path, 
     with pytest.raises(UserError) as stop:
         train(model, file, file, config, accelerator)
     message = str(stop.value)
-    assert "at step 5 with learning rates 0.02, 0.01 (Muon's, AdamW's), on rows " in message
+    assert "at step 5 with learning rates 0.02, 0.01 (Muon's, AdamW's), on documents " in message
     assert describe_step(file, Windows.of(model), 4, config, accelerator) in message
     assert "\n" not in message
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert checkpoint.name == "step-4"
     saved = load_file(checkpoint / "model.safetensors")
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in saved.items())
+
+
+def test_a_failure_names_tokens_where_they_lie(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In shards. Broken by tokens and documents counted on from shard to shard, of no file."""
+    model, _, config = toy
+    paths = [tmp_path / "train-00000.bin", tmp_path / "train-00001.bin"]
+    for path in paths:  # documents of 13 tokens
+        write_token_file(
+            ["the cat sat"] * 2, train_characters(["the cat sat"]), path, documents=True
+        )
+    monkeypatch.setattr("pretrain.train.step_starts", lambda *_: np.array([[40, 12], [1, 26]]))
+    said = describe_step(TokenFile(*paths), Windows.of(model), 0, config, Accelerator())
+    first, second = said.split("; ")
+    assert first == f"documents 0, 1, tokens 1-17, 12-28 of {paths[0]}"
+    assert second == f"documents 0, 1, tokens 0-16, 14-30 of {paths[1]}"
 
 
 def test_going_on_removes_what_a_killed_run_had_half_removed(tmp_path: Path, toy: Toy) -> None:
