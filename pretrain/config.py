@@ -58,8 +58,11 @@ class ModelConfig:
         """Turn `depth` into sizes, and choose the tokenizer.
 
         Raises:
-            UserError: `depth` is odd or below 2, or a checkpoint is to read by a new tokenizer.
+            UserError: `depth` is odd or below 2, `block_size` below 1, or a checkpoint is to read
+                by a new tokenizer.
         """
+        if self.block_size is not None:
+            require(self, 1, "block_size")
         if self.model_name_or_path is None:
             self.block_size = self.block_size or 256
         elif self.tokenizer in ("characters", "bpe"):
@@ -145,7 +148,8 @@ class PretrainConfig:
         """Ask the machine for its precision, and refuse what cannot work.
 
         Raises:
-            UserError: a count below 1, a share outside [0, 1], or a tracker that is not installed.
+            UserError: a count below 1, a seed that numpy refuses, a share outside [0, 1], or a
+                tracker that is not installed.
         """
         self.bf16 = has_bf16() if self.bf16 is None else self.bf16
         counts = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -153,6 +157,10 @@ class PretrainConfig:
         require(self, 1, *counts, *more)
         rates = ("learning_rate", "muon_learning_rate", "weight_decay", "max_grad_norm")
         require(self, 0, *rates, "warmup_steps", "eval_steps", "skip_faulty_rows")
+        require(self, 0, "seed", most=2**32 - 1)  # numpy's
+        require(self, 1, "tokenizer_bytes", "realm_people", "documents")
+        if self.max_text_bytes is not None:
+            require(self, 1, "max_text_bytes")
         if self.report_to not in ("none", *map(str, get_available_trackers())):
             raise UserError(
                 f"report_to ({self.report_to}) is not installed: pip install {self.report_to}, or "

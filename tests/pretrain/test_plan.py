@@ -149,3 +149,26 @@ def test_depth_sets_the_sizes() -> None:
         PlanConfig(devices=0)
     with pytest.raises(UserError, match=r"tflops \(nan\) must be above 0"):
         PlanConfig(tflops=math.nan)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("seed", -1, "between 0 and"),
+        ("seed", 2**32, "between 0 and"),
+        ("max_text_bytes", 0, "1 or more"),
+        ("tokenizer_bytes", 0, "1 or more"),
+        ("documents", 0, "1 or more"),
+        ("realm_people", 0, "1 or more"),
+        ("block_size", 0, "1 or more"),
+    ],
+)
+def test_numbers_that_cannot_be(field: str, value: int, said: str) -> None:
+    """Broken by numpy's traceback, by the advice to change validation_fraction, by a block_size
+    of 256 in place of 0.
+    """
+    with pytest.raises(UserError, match=rf"{field} \({value}\) must be {said}"):
+        if field == "block_size":
+            ModelConfig(block_size=value)
+        else:
+            PretrainConfig(output_dir="out/x", data="x", **{field: value})
