@@ -7,8 +7,8 @@ The first round is `make reward rlhf`. Each further one, in `out/<profile>/round
 rankings of the newest policy's answers, trains the reward model on with them, and aligns the
 fine-tuned model anew. Anew, not the policy on: each round has the same start and the same distance
 to go, so that the table compares reward models, and what an earlier one was fooled into is undone.
-(Rounds: Bai et al. 2022, arXiv:2204.05862, section 4.5.) Data and labeller are those of the first. A
-killed run goes on where it was.
+(Rounds: Bai et al. 2022, arXiv:2204.05862, section 4.5.) Data and labeller are
+those of the first. A killed run goes on where it was.
 """
 
 from dataclasses import dataclass, field

@@ -44,16 +44,7 @@ from pretrain.train import Windows, train
 def main() -> None:
     """Prepare the text once, train, and leave the artifacts of `common.artifacts`."""
     model_config, config = parse_config(ModelConfig, PretrainConfig)
-    task = load_task(
-        config.data,
-        realm_seed=config.realm_seed,
-        realm_people=config.realm_people,
-        documents=config.documents,
-        plays=config.plays,
-        columns=config.columns,
-        validation_fraction=config.validation_fraction,
-        skip_faulty_rows=config.skip_faulty_rows,
-    )
+    task = load_text(config)
     stream = open_stream(task, model_config, config)
     sources = {"data": stream.fingerprint if stream else task.fingerprint()}
     block_size = model_config.block_size
@@ -97,6 +88,20 @@ def main() -> None:
         output.finish(model, tokenizer, summary, write_samples(model, tokenizer, first))
         print(" ".join(f"{name} {value}" for name, value in summary.items()))
     accelerator.end_training()
+
+
+def load_text(config: PretrainConfig) -> Task:
+    """The task that the configuration names."""
+    return load_task(
+        config.data,
+        realm_seed=config.realm_seed,
+        realm_people=config.realm_people,
+        documents=config.documents,
+        plays=config.plays,
+        columns=config.columns,
+        validation_fraction=config.validation_fraction,
+        skip_faulty_rows=config.skip_faulty_rows,
+    )
 
 
 def require_own_tokenizer(parent: Path, config: ModelConfig) -> None:

@@ -10,9 +10,11 @@ the whole split, where the lesson samples 200 batches; and the scaled-up rung is
 trains, by Muon and AdamW. The rung after the lesson's has the shape of `common/gpt.py`.
 """
 
+import json
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,19 +23,26 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import trange
-from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutput
 
 from common.artifacts import StageOutput, write_json, write_text
 from common.config import config_values, parse_config, require, run
+from common.errors import UserError
 from common.gpt import LessonGPT, build_config, build_gpt
 from common.lesson_gpt import LessonBlock
-from common.tasks import load_task
 from common.token_file import TokenFile
 from common.tokenizer import load_tokenizer
 from common.windows import training_starts
-from pretrain.__main__ import count_parameters, make_model, prepare_text, require_windows
+from pretrain.__main__ import (
+    count_parameters,
+    load_text,
+    make_model,
+    prepare_text,
+    require_windows,
+)
+from pretrain.compiling import time_pass
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.lesson_plot import plot_ladder
 from pretrain.trackers import make_accelerator
@@ -221,28 +230,30 @@ def climb(
     return rows, samples
 
 
-def climb_scaled(
-    model: Any, files: list[TokenFile], config: PretrainConfig, accelerator: Accelerator
-) -> dict[str, Any]:
-    """The last rung, by stage 1's loop, from its newest checkpoint on; its row of figures."""
-    found = train(model, files[0], files[1], config, accelerator)
-    return figures_of(SCALED, model, found["val_loss"], found["train_seconds"], SCALED_REPORTED)
+def read_trained(folder: Path, config: PretrainConfig) -> dict[str, Any] | None:
+    """The scaled-up rung's last metrics, if it was trained to its end and is kept; else None."""
+    metrics = folder / "metrics.jsonl"
+    if not (metrics.exists() and (folder / "scaled" / "tokenizer.json").exists()):
+        return None
+    last = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])
+    return last if last["step"] == config.max_steps else None
 
 
 def estimate_hours(
     model: Any, file: TokenFile, config: PretrainConfig, accelerator: Accelerator
 ) -> float:
-    """Hours that the scaled-up rung would take here: the second of two steps on 4 windows."""
-    block_size, windows = model.config.max_position_embeddings, 4
-    seconds = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        batch = file.batch(range(windows), block_size)
+    """Hours that the scaled-up rung would take here, by passes over 4 windows, uncompiled."""
+    windows = 4
+    batch = file.batch(range(windows), model.config.max_position_embeddings)
+    inputs, targets = (part.to(accelerator.device) for part in batch)
+
+    def one_pass(loss_of: Any) -> None:
         with accelerator.autocast():  # as `train` does
-            loss = token_loss(model, *(part.to(accelerator.device) for part in batch))
+            loss = loss_of(model, inputs, targets)
         loss.backward()
         model.zero_grad()
-        seconds = time.perf_counter() - start
+
+    seconds = time_pass(token_loss, one_pass, accelerator.device.type == "cuda")
     step_windows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return seconds * step_windows / windows * config.max_steps / 3600
 
@@ -273,9 +284,9 @@ def main() -> None:
     """Climb the ladder; leave summary.json, samples.md and plot.svg in `output_dir`."""
     model_config, config, lesson = parse_config(ModelConfig, PretrainConfig, LessonConfig)
     require(lesson, 1, "rung_steps")
-    task = load_task(
-        config.data, plays=config.plays, validation_fraction=config.validation_fraction
-    )
+    if config.shards_dir:
+        raise UserError("shards_dir: the lesson reads no stream; leave it out")
+    task = load_text(config)
     sources = {"data": task.fingerprint()}
     values = config_values(model_config, config)
     output = StageOutput(config.output_dir, values, sources, config.overwrite)
@@ -293,16 +304,28 @@ def main() -> None:
     accelerator = make_accelerator(config)
     rows, samples = climb(files, tokenizer, lesson, config, accelerator)
     set_seed(config.seed)
-    model = make_model(model_config, tokenizer)
-    if lesson.scaled or (folder / "scaled").exists():  # trained, it is only measured
-        rows.append(climb_scaled(model, files, config, accelerator))
+    model = make_model(model_config, tokenizer).to(accelerator.device)
+    trained = read_trained(folder, config)
+    if trained:
+        model = AutoModelForCausalLM.from_pretrained(folder / "scaled")
+    else:
+        hours = estimate_hours(model, files[0], config, accelerator)
+        print(
+            f"{SCALED}: some {hours:.1f} hours here for its {config.max_steps:,} steps (max_steps; "
+            "those of the rungs above are rung_steps)"
+            + ("" if lesson.scaled else "; --scaled true trains it")
+        )
+    if lesson.scaled and not trained:
+        set_seed(config.seed)  # the estimate has thrown dropout's dice
+        figures = train(model, files[0], files[1], config, accelerator)
         model.save_pretrained(folder / "scaled")
         tokenizer.save_pretrained(folder / "scaled")
+        trained = {"val_loss": figures["val_loss"], "seconds": figures["train_seconds"]}
+    if trained:
+        loss, seconds = trained["val_loss"], trained["seconds"]
+        rows.append(figures_of(SCALED, model, loss, seconds, SCALED_REPORTED))
         samples.append(write_text_by(model, tokenizer, 500, config.seed))
         print(format_row(rows[-1]))
-    else:
-        hours = estimate_hours(model.to(accelerator.device), files[0], config, accelerator)
-        print(f"{SCALED}: some {hours:.1f} hours here; --scaled true trains it")
     texts = [f"## {row['rung']}\n\n{text}\n" for row, text in zip(rows, samples, strict=True)]
     write_text(folder / "samples.md", "# What each rung writes\n\n" + "\n".join(texts))
     write_text(folder / "plot.svg", plot_ladder(rows))

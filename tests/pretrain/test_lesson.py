@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
 from common.tokenizer import train_characters
-from pretrain import lesson
+from pretrain import lesson, train
 from pretrain.lesson_plot import plot_ladder
 
 AVERAGES = [lesson.average_by_loop, lesson.average_by_matrix, lesson.average_by_softmax]
@@ -65,7 +65,8 @@ def test_climb_leaves_a_table_samples_and_a_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Seen to fail with the optimizer's step left out. Broken once: without --scaled the row of a
-    last rung that had been trained was lost.
+    last rung that had been trained was lost; a restart trained its last steps again. By a rung that
+    begins anew where it was killed.
     """
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     text = tmp_path / "book.txt"
@@ -77,22 +78,48 @@ def test_climb_leaves_a_table_samples_and_a_plot(
     command += ["--bf16", "false"]  # one process has one precision, and other tests have set it
     monkeypatch.setattr("sys.argv", [*command, "--rung_steps", "60"])
     lesson.main()
-    assert "--scaled true trains it" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "here for its 4 steps (max_steps; " in said and "--scaled true trains it" in said
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rungs"]
     assert [row["rung"] for row in rows] == [rung.name for rung in lesson.LADDER]
     for row in rows:  # 12 characters: a fresh model's loss is near ln 19
         assert row["val_loss"] < 0.95 * math.log(19), row
     samples = (tmp_path / "out" / "samples.md").read_text()
     assert all(f"## {rung.name}" in samples for rung in lesson.LADDER)
+    last = []
+    monkeypatch.setattr("sys.argv", [*command, "--rung_steps", "1", "--scaled", "true"])
+    steps, take, save = [], train.train_step, train.save_checkpoint
+
+    def take_and_count(*given: object, **named: object) -> object:
+        steps.append(1)
+        return take(*given, **named)
+
+    def save_and_die(*given: object) -> None:
+        save(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_step", take_and_count)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(train, "save_checkpoint", save_and_die)
+        lesson.main()
+    assert "hours here for its 4 steps" in capsys.readouterr().out
+    assert len(steps) == 2
     for scaled in (["--scaled", "true"], []):
         monkeypatch.setattr("sys.argv", [*command, "--rung_steps", "1", *scaled])
         lesson.main()
-        rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rungs"]
-        assert rows[-1]["rung"] == lesson.SCALED
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        last.append((summary["rungs"][-1], (tmp_path / "out" / "samples.md").read_text()))
+        monkeypatch.setattr(lesson, "train", None)  # it is over
+    assert len(steps) == 4  # from its checkpoint on
+    assert last[0][0]["rung"] == lesson.SCALED
+    assert last[0] == last[1]
     assert (tmp_path / "out" / "checkpoints" / "step-2").exists()
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "scaled")  # hours of work on a CPU
     monkeypatch.setattr("sys.argv", [*command, "--seed", "1"])
     with pytest.raises(UserError, match="holds a run with seed 0"):
+        lesson.main()
+    monkeypatch.setattr("sys.argv", [*command, "--shards_dir", "out/tokens"])
+    with pytest.raises(UserError, match="the lesson reads no stream"):
         lesson.main()
 
 
