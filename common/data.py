@@ -22,7 +22,7 @@ from datasets import Dataset, Features, Value
 
 from common import readers, rows
 from common.errors import UserError
-from common.readers import NumberedRows, local_files, read_rows, require_one_set
+from common.readers import NumberedRows, local_files, read_rows
 from common.rows import SHAPES, BadRow, Row, find_shape
 
 _MESSAGES = [{"role": Value("string"), "content": Value("string")}]
@@ -81,14 +81,12 @@ def load_rows(
     """
     columns = columns or {}
     _check_arguments(format, columns)
-    files = local_files(source, split)
+    files = local_files(source, split, several=format == "text")
     if files is None:
         hub = load_from_hub(source, split, cache_dir=cache_dir)
         identity: Any = hub._fingerprint
         sources: Sources = [(source, lambda: enumerate(hub, start=1))]
     else:
-        if format != "text":  # text may lie in any number of folders
-            require_one_set(source, files, split)
         stats = [(f, f.stat()) for f in files]  # a row says by which name its file was given
         identity = [(str(f), str(f.resolve()), s.st_size, s.st_mtime_ns) for f, s in stats]
         sources = [(str(file), partial(read_rows, file)) for file in files]

@@ -10,11 +10,15 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow
 import pyarrow.parquet
+import yaml
+from datasets.data_files import sanitize_patterns
+from datasets.utils.metadata import MetadataConfigs
 
 from common.errors import UserError
 from common.rows import BadRow
@@ -22,19 +26,26 @@ from common.token_file import cut_points
 
 TEXT_CHARS = 1 << 22  # a longer .txt file comes as several rows, cut between two words
 NumberedRows = Iterator[tuple[int, Any]]
+Sets = dict[tuple[Path, str], list[Path]]  # (folder, name): files, all from the folder given
+SHOWN = 4  # of the sets in a folder that holds several
 
 _HELD_OUT = r"(validation|valid|val|test|eval|dev)"
 
 
-def local_files(source: str, split: str) -> list[Path] | None:
+def local_files(source: str, split: str, several: bool = True) -> list[Path] | None:
     """The files of a local source; None if it can only be a name on the Hub.
+
+    Args:
+        source: a file, a folder or a name.
+        split: of a folder's files.
+        several: a folder may hold several sets for the split; they are one then.
 
     Raises:
         UserError: it looks like a path and nothing is there, or nothing that can be read.
     """
     path = Path(source).expanduser()
     if source and path.is_dir():
-        files = _files_of_folder(path, split)
+        files = _files_of_folder(path, split, several)
     elif path.is_file():
         if _suffix(path) not in _READERS:
             raise UserError(f"{source}: cannot read {path.suffix or 'this'}; use {_known()}")
@@ -57,50 +68,86 @@ def may_be_on_hub(source: str) -> bool:
     return not ours and source.count("/") <= 1
 
 
-def _files_of_folder(folder: Path, split: str) -> list[Path]:
-    """Those named after the split, or in a folder that is; without such, all but other splits'.
+def _files_of_folder(folder: Path, split: str, several: bool) -> list[Path]:
+    """The files of the one set that a folder holds for a split, or of all of them.
 
     Folders in it are searched too, save hidden ones: a data set of the Hub, downloaded, keeps its
     files in `data/` or deeper.
+
+    Raises:
+        UserError: there is none, or more than one and not `several`.
     """
     below = (file.relative_to(folder) for file in folder.rglob("*") if _suffix(file) in _READERS)
     files = sorted(file for file in below if not any(p.startswith(".") for p in file.parts))
-    named = [file for file in files if _is_named(file, re.escape(split))]
-    if not named and split == "train":
-        named = [file for file in files if not _is_named(file, _HELD_OUT)]
-    if not named:
+    sets = _sets_by_card(folder, split) or _sets_by_name(files, split)
+    if not sets:
         raise UserError(f'{folder}: no files for split "{split}" in it; expected {_known()}')
-    return [folder / file for file in named]
-
-
-def _is_named(file: Path, split: str) -> bool:
-    """Whether the file or a folder on the way to it is named so: train-0.parquet, train/0.jsonl."""
-    return any(re.match(rf"{split}([-_.]|$)", part) for part in file.parts)
-
-
-def require_one_set(source: str, files: list[Path], split: str) -> None:
-    """Refuse a folder that holds several data sets under one split's name, as some of the Hub do.
-
-    Their names: the folder at the top that is not `data`, and what follows the split's name. So
-    main/train-0.parquet and socratic/train-0.parquet are two, train_prefs-0 and train_sft-0, too.
-
-    Raises:
-        UserError: it does.
-    """
-    sets: dict[str, str] = {}
-    for file in files if len(files) > 1 else []:
-        *above, name = file.relative_to(Path(source).expanduser()).parts
-        stem = re.sub(r"([-_]\d+)?(-of-\d+)?(\..*)?$", "", name)
-        if re.match(rf"{re.escape(split)}([-_]|$)", stem):
-            inside = [part for part in above[:1] if part not in ("data", split)]
-            pick = f"path: {Path(source, *inside)}" + ("" if stem == split else f", split: {stem}")
-            sets["/".join([*inside, stem])] = f"- {{{pick}}}"
-    if len(sets) > 1:
-        known = ", ".join(sorted(sets)[:4])
+    if len(sets) > 1 and not several:
+        lines = [f"`- {{path: {folder / place}, split: {name}}}`" for place, name in sets]
+        more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
         raise UserError(
-            f'{source}: several sets for split "{split}" in it ({known}); write those to take into '
-            f"a YAML file, a line each, `{sets[sorted(sets)[0]]}`, and give that"
+            f'{folder}: {len(sets)} sets in it for split "{split}": list those to read in a file '
+            f"of sources, DATA=mix.yaml, a line each, of {', '.join(lines[:SHOWN])}{more}"
         )
+    return [folder / file for file in sorted(set(chain(*sets.values())))]
+
+
+def _sets_by_card(folder: Path, split: str) -> Sets:
+    """What a card of the Hub's, README.md, names for the split, its default if it has one.
+
+    As `datasets` reads it; none without a card, or if that leaves it to the files' names.
+    """
+    card = folder / "README.md"
+    try:
+        header = re.match(r"---\s*\n(.*?\n)---", card.read_text(encoding="utf-8"), re.DOTALL)
+        configs = MetadataConfigs.from_dataset_card_data(
+            yaml.safe_load(header[1] if header else "{}")
+        )
+        default = configs.get_default_config_name()
+        globs = [
+            sanitize_patterns(configs[name].get("data_files", {})).get(split, [])
+            for name in ([default] if default else configs)
+        ]
+    except (OSError, AttributeError, ValueError, yaml.YAMLError):  # none, or of another kind
+        return {}
+    sets: Sets = {}
+    for some in globs:
+        found = {file.relative_to(folder) for glob in some for file in folder.glob(glob)}
+        if files := sorted(file for file in found if _suffix(file) in _READERS):
+            place = files[0] if files[0].parent == Path() else files[0].parent
+            sets[_named(files[0], split) or (place, split)] = files
+    return sets
+
+
+def _sets_by_name(files: list[Path], split: str) -> Sets:
+    """Files named after the split, or in a folder that is; without such, all but other splits'.
+
+    train_sft is one only where nothing is named train and no more.
+    """
+    sets: Sets = {}
+    for file in files:
+        if found := _named(file, re.escape(split)):
+            sets.setdefault(found, []).append(file)
+    if sets or split != "train":
+        return {key: some for key, some in sets.items() if key[1] == split} or sets
+    for file in files:
+        if not _named(file, _HELD_OUT):
+            shard = re.match(r"(.+)-\d{5}-of-\d{5}", file.name)  # the Hub's shards of a split
+            sets.setdefault((Path(), shard[1] if shard else split), []).append(file)
+    return sets
+
+
+def _named(file: Path, split: str) -> tuple[Path, str] | None:
+    """Where a file's set lies and what it is called, if it is named after the split.
+
+    main/train-00000.parquet and main/train/0.jsonl: (main, "train"); c4-train.0.json: "c4-train".
+    """
+    for depth, part in enumerate(file.parts):
+        if re.search(rf"(^|[-_.]){split}([-_.]|$)", part):
+            name = part.removesuffix(".gz")
+            name = name[: -len(_suffix(file))] if part == file.name else name
+            return Path(*file.parts[:depth]), re.split(r"[-_.]\d", name)[0]
+    return None
 
 
 def _suffix(path: Path) -> str:

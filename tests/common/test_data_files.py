@@ -131,30 +131,65 @@ def test_folders(tmp_path):
         loaded()
 
 
-def test_several_sets_in_one_folder_are_not_one(tmp_path):
-    """Both stood in one training part before, without a word."""
-    row = json.dumps({"question": "q", "answer": "a"}) + "\n"
-    folder = tmp_path / "d"
+SHARD = "-00000-of-00001.parquet"
+ULTRAFEEDBACK = [f"data/{part}_{kind}" for part in ("train", "test") for kind in ("prefs", "sft")]
+GSM8K = [f"{name}/{part}" for name in ("main", "socratic") for part in ("train", "test")]
 
-    def loaded(**options):
-        options = {"format": "messages", "cache_dir": str(tmp_path / "cache"), **options}
-        return len(load_rows(str(folder), **options))
 
-    for name in ("main/train-0-of-1", "main/test-0-of-1", "data/more/train-00001", "train/more"):
+@pytest.mark.parametrize(
+    ("names", "split", "found"),
+    [
+        (ULTRAFEEDBACK, "train", ["{path: D/data, split: train_prefs}", "split: train_sft}"]),
+        (ULTRAFEEDBACK, "train_sft", "data/train_sft"),
+        (GSM8K, "train", ["{path: D/main, split: train}", "{path: D/socratic, split: train}"]),
+        (["data/prefs", "data/sft"], "train", ["{path: D, split: prefs}", "split: sft}"]),
+        (["data/train", "data/train_sft", "data/test"], "train", "data/train"),
+        (["tales-train", "tales-valid", "more"], "train", "tales-train"),
+        (["tales-train", "poems-train"], "train", ["split: poems-train}", "split: tales-train}"]),
+        (["a/train", "b/c/train", "train"], "train", ["{path: D, split: train}", "{path: D/b/c,"]),
+    ],
+)
+def test_several_sets_in_a_folder(tmp_path, names, split, found):
+    """Broken once: what was named after the split was read as one, train_prefs with train_sft,
+    and a name that ends in it (tales-valid) was trained on."""
+    folder = tmp_path / "D"
+    for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.jsonl").write_text(row)
-    (folder / "data").rename(folder / "main/data")
-    assert loaded() == 3
-    (folder / "socratic").mkdir()
-    (folder / "socratic/train-0-of-1.jsonl").write_text(row)
-    with pytest.raises(UserError, match=r"\(main/train, socratic/train\).*{path: .*/d/main}`"):
-        loaded()
-    (folder / "socratic").rename(folder / "data")
-    (folder / "data/train_sft-00000-of-00002.jsonl").write_text(row)
-    (folder / "data/train_sft-00001-of-00002.jsonl").write_text(row)
-    with pytest.raises(UserError, match=r"\(main/train, train, train_sft\)"):
-        loaded()
-    assert loaded(split="train_sft") == 2
+        (folder / f"{name}{SHARD}").touch()
+    if isinstance(found, str):
+        assert readers.local_files(str(folder), split, False) == [folder / f"{found}{SHARD}"]
+        return
+    assert len(readers.local_files(str(folder), split) or []) > 1  # as text they are one
+    with pytest.raises(UserError, match=rf'D: \d sets in it for split "{split}": list') as error:
+        readers.local_files(str(folder), split, several=False)
+    assert all(line in str(error.value).replace(str(folder), "D") for line in found)
+
+
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        ("- {config_name: b, data_files: [{split: train, path: b/*}]}", ["b"]),
+        (
+            "- {config_name: all, default: true, data_files: '*/*'}\n- {config_name: a, data_files: a/*}",
+            ["a", "b"],
+        ),
+        ("- {config_name: a, data_files: a/*}\n- {config_name: b, data_files: b/*}", None),
+        ("- {config_name: c, data_files: c/*}", ["a", "b"]),
+        ("- {config_nam: c", ["a", "b"]),
+    ],
+)
+def test_the_card_of_the_hub_tells_sets_apart(tmp_path, card, found):
+    """Broken once: it was not read, and files whose names say nothing were one set."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jsonl").touch()
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{card}\n---\n# A set\n")
+    if found:
+        files = readers.local_files(str(tmp_path), "train", several=False)
+        assert [file.parent.name for file in files] == found
+    else:
+        with pytest.raises(UserError, match=r"2 sets in it .*/a, split: train}`, `- {path: "):
+            readers.local_files(str(tmp_path), "train", several=False)
 
 
 def test_a_changed_file_is_read_again(load, tmp_path):
