@@ -172,6 +172,11 @@ class PlaysTask:
         """The true reply over a reply from elsewhere, and over the model's own."""
         pairs = self._pairs("align" if split == "train" else split)
         rows = plays.false_replies(pairs, seed=0)[:count]
+        if not rows:
+            raise UserError(
+                f"{self.path}: no reply of {len(pairs)} ({split}) has another of like length, "
+                f"{plays.FAR} or more away, to be ranked above: give a longer text"
+            )
         rows = [{**row, "kind": "true_elsewhere", "flipped": False} for row in rows]
         drawn = sample([row["prompt"][-1]["content"] for row in rows])
         own = [
@@ -210,9 +215,18 @@ class PlaysTask:
     def _pairs(self, use: str) -> list[dict[str, Any]]:
         """Dialogue for `sft`, for `align` (ranking and PPO), or held out: `dev` the first half of
         the validation part, `test` the second, `validation` both.
+
+        Raises:
+            UserError: a half is empty.
         """
         part, share = ("train", TUNED_SHARE) if use in ("sft", "align") else ("validation", 0.5)
         pairs = plays.dialogue_pairs(plays.parse_plays(self.parts[part]), self.max_chars)
+        if len(pairs) < 2:
+            raise UserError(
+                f"{self.path}: {len(pairs)} speeches with a reply in its part for {part}, of at "
+                f"most {self.max_chars} characters each; at least 2 are needed: give a longer text "
+                "in play form"
+            )
         cut = round(share * len(pairs))
         ends = {"sft": pairs[:cut], "align": pairs[cut:], "dev": pairs[:cut], "test": pairs[cut:]}
         return ends.get(use, pairs)

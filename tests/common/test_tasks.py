@@ -84,6 +84,25 @@ def test_prompts_of_ppo_are_not_those_of_the_evaluation(task: PlaysTask) -> None
     assert len(task.prompt_rows("align", 7)) == 7
 
 
+def test_too_short_a_text_is_refused(tmp_path: Path) -> None:
+    """Broken once: a division by zero after training, and "no prompt leaves max_new_tokens"."""
+    path = tmp_path / "play.txt"
+
+    def play(speeches: int) -> PlaysTask:
+        path.write_text("\n".join(f"{SPEAKERS[i % 3]}:\nline {i} goes\n" for i in range(speeches)))
+        return PlaysTask(str(path))
+
+    least = play(40)
+    assert [len(least.conversations(split)) for split in ("train", "validation")] == [21, 3]
+    for rows in (least.prompt_rows("dev", 9), least.prompt_rows("test", 9)):
+        assert len(rows) > 0
+    with pytest.raises(UserError, match=r"play\.txt: no reply of 14 \(train\) has another of like"):
+        least.rankings(lambda questions: [[] for _ in questions], "train", 9, noise=0.0)
+    with pytest.raises(UserError, match=r"0 speeches with a reply in its part for validation"):
+        play(20).conversations("validation")
+    assert len(play(20).conversations("train")) > 0 and list(play(3).texts("validation"))
+
+
 def test_figures_count_words_and_lines(task: PlaysTask) -> None:
     replies = iter(["ANN:\nline 7 goes", "ANN:\nline line glorp", "BOB:\nline 7 goes"] * 200)
     figures = task.measure(lambda questions: [next(replies) for _ in questions[:3]])
