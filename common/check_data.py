@@ -9,7 +9,7 @@ row as the model will read it. A row that cannot be read ends it with file, row 
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,23 @@ class CheckConfig(RankingConfig):
     assistant_only_loss: bool = field(
         default=True, metadata={"help": "of fine-tuning: on the assistant's tokens alone"}
     )
+    packing: bool = field(default=False, metadata={"help": "of fine-tuning: rows share a sequence"})
+    eval_packing: bool | None = field(default=None, metadata={"help": "default: as packing"})
+    packing_strategy: str = field(default="bfd", metadata={"help": "of fine-tuning"})
+    truncation_mode: str = field(default="keep_start", metadata={"help": "of fine-tuning"})
     chat_template_path: str | None = field(default=None, metadata={"help": "of fine-tuning"})
     eos_token: str | None = field(default=None, metadata={"help": "no other than the tokenizer's"})
     pad_token: str | None = field(default=None, metadata={"help": "no other than the tokenizer's"})
+
+    def kept(self, part: str) -> str:
+        """What stays of a row of fine-tuning that is longer than `max_length`.
+
+        `start`, `end`, or all of it: `bfd_split` (in pieces), `wrapped` (as any row, in pieces).
+        """
+        given = None if part == "training" else self.eval_packing
+        if self.packing if given is None else given:
+            return "start" if self.packing_strategy == "bfd" else self.packing_strategy
+        return self.truncation_mode.removeprefix("keep_")
 
 
 def main() -> None:
@@ -73,9 +87,16 @@ def main() -> None:
     }
     print(f"{stage}: {config.data}, as the tokenizer of {config.model_name_or_path} reads it\n")
     for name in parts:
-        print(f"{name}\n{describe_lengths(reports[name], stage, config.assistant_only_loss)}\n")
+        kept = config.kept(name) if stage == "sft" else ""
+        print(f"{name}\n{describe_lengths(reports[name], kept, config.assistant_only_loss)}\n")
     print(f"repeated\n{describe_repeats(train, held_out)}\n")
-    shown = show_row(train[0], tokenizer, config.max_length, config.assistant_only_loss)
+    shown = show_row(
+        train[0],
+        tokenizer,
+        config.max_length,
+        config.assistant_only_loss,
+        config.kept("training"),
+    )
     print(f"one row, as the model reads it\n{shown}\n")
     for report in reports.values():
         report.require_learnable(config.model_name_or_path, config.max_lost_share)
@@ -102,18 +123,28 @@ def _rows(task: Task, stage: str, config: CheckConfig, part: str) -> Dataset:
     return label(config, task, lambda asked: [[] for _ in asked], split, count, torch.device("cpu"))
 
 
-def describe_lengths(report: LengthReport, stage: str, assistant_only_loss: bool) -> str:
-    """Counts, a histogram, and what is lost and why, in words."""
+def describe_lengths(report: LengthReport, kept: str, assistant_only_loss: bool) -> str:
+    """Counts, a histogram, and what is lost and why, in words.
+
+    `kept`: of fine-tuning's rows (`CheckConfig.kept`); empty for the reward model's pairs.
+    """
+    if kept not in ("", "start"):
+        tokens_cut = report.tokens_cut if kept == "end" else 0
+        report = replace(report, tokens_cut=tokens_cut, unanswered=0)
     lines = [f"  {report}", *(f"  {line}" for line in report.histogram().splitlines())]
     if report.truncated:
         lines.append(f"  longest: {report.longest_row}, {report.longest:,} tokens")
-        if stage == "reward":
-            lines.append(f"  dropped: {report.truncated:,} pairs with an answer that does not fit")
-        else:
-            dropped = report.unanswered if assistant_only_loss else 0
-            cut = report.truncated - dropped
-            lines.append(f"  cut: {cut:,} rows, which lose their end, <eos> included")
-            lines.append(f"  dropped: {dropped:,} rows, all of whose answer is cut off")
+    if kept == "wrapped":
+        lines.append("  packed: rows one behind another, cut every max_length tokens, none lost")
+    elif report.truncated and not kept:
+        lines.append(f"  dropped: {report.truncated:,} pairs with an answer that does not fit")
+    elif report.truncated and kept == "bfd_split":
+        lines.append(f"  split: {report.truncated:,} rows, into pieces that do not see each other")
+    elif report.truncated:
+        lost = report.unanswered if assistant_only_loss else 0
+        end = "their beginning" if kept == "end" else "their end, <eos> included"
+        lines.append(f"  cut: {report.truncated - lost:,} rows, which lose {end}")
+        lines.append(f"  lost: {lost:,} rows, all of whose answer is cut off")
     return "\n".join(lines)
 
 
@@ -149,15 +180,17 @@ def show_row(
     tokenizer: PreTrainedTokenizerFast,
     max_length: int | None,
     assistant_only_loss: bool = True,
+    kept: str = "start",
 ) -> str:
     """Fine-tuning's row with the learned tokens in [[ ]]; a pair as its two conversations."""
     if "messages" in row:
-        return f"  {show_mask(row['messages'], tokenizer, max_length, assistant_only_loss)}"
-    shown = []
+        shown = show_mask(row["messages"], tokenizer, max_length, assistant_only_loss, kept)
+        return f"  {shown}"
+    sides = []
     for side in ("chosen", "rejected"):
         text = tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False)
-        shown.append(f"  {side:<8}  {text}")
-    return "\n".join(shown)
+        sides.append(f"  {side:<8}  {text}")
+    return "\n".join(sides)
 
 
 def show_mask(
@@ -165,6 +198,7 @@ def show_mask(
     tokenizer: PreTrainedTokenizerFast,
     max_length: int | None,
     assistant_only_loss: bool = True,
+    kept: str = "start",
 ) -> str:
     """The conversation by the chat template: [[learned]] tokens, others bare, [cut off: ...].
 
@@ -176,14 +210,17 @@ def show_mask(
     )
     ids = encoded["input_ids"]
     mask = encoded["assistant_masks"] if assistant_only_loss else [1] * len(ids)
-    limit = len(ids) if max_length is None else max_length
-    shown, start = "", 0
-    for end in range(1, len(ids[:limit]) + 1):
-        if end == len(ids[:limit]) or mask[end] != mask[start]:
+    over = 0 if max_length is None else max(0, len(ids) - max_length)
+    start = over if kept == "end" else 0
+    last = len(ids) - over if kept == "start" else len(ids)
+    cut = f"[cut off: {tokenizer.decode(ids[:start] or ids[last:])}]"
+    shown = cut if start else ""
+    for end in range(start + 1, last + 1):
+        if end == last or mask[end] != mask[start]:
             text: Any = tokenizer.decode(ids[start:end])
             shown += f"[[{text}]]" if mask[start] else text
             start = end
-    return shown + (f"[cut off: {tokenizer.decode(ids[limit:])}]" if ids[limit:] else "")
+    return shown + (cut if last < len(ids) else "")
 
 
 if __name__ == "__main__":

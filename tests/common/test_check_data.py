@@ -38,6 +38,12 @@ def test_mask_is_shown_to_the_token():
     assert show_mask(chat[:2], tokenizer, 9) == (
         "<|bos|><|user|> a\n\n<|assistant|>[[ b]][cut off: b<|eos|>]"
     )
+    assert show_mask(chat[:2], tokenizer, 9, kept="end") == (
+        "[cut off: <|bos|><|user|>] a\n\n<|assistant|>[[ bb<|eos|>]]"
+    )
+    whole = "<|bos|><|user|> a\n\n<|assistant|>[[ bb<|eos|>]]"
+    assert show_mask(chat[:2], tokenizer, 9, kept="bfd_split") == whole
+    assert show_mask(chat[:2], tokenizer, 11, kept="end") == whole
     pair = {"prompt": chat[:1], "chosen": chat[1:2], "rejected": chat[3:]}
     assert show_row(pair, tokenizer, None) == (
         "  chosen    <|bos|><|user|> a\n\n<|assistant|> bb<|eos|>\n"
@@ -126,6 +132,51 @@ def test_reads_as_the_stage_of_these_fields(
     else:
         with pytest.raises(UserError, match=re.escape(shown)):
             main()
+
+
+@pytest.mark.parametrize(
+    ("fields", "training", "evaluation"),
+    [
+        ({}, "cut: 1 rows, which lose their end", "cut: 1 rows, which lose their end"),
+        ({"truncation_mode": "keep_end"}, "cut: 2 rows, which lose their beginning", "cut: 2 rows"),
+        ({"packing": "true"}, "cut: 1 rows, which lose their end", "lost: 1 rows, all of whose"),
+        (
+            {"packing": "true", "packing_strategy": "bfd_split", "eval_packing": "false"},
+            "split: 2 rows, into pieces that do not see each other",
+            "cut: 1 rows, which lose their end",
+        ),
+        (
+            {"packing": "true", "packing_strategy": "wrapped"},
+            "packed: rows one behind another, cut every max_length tokens, none lost",
+            "packed: rows one behind another",
+        ),
+    ],
+)
+def test_what_packing_and_truncation_mode_cut(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fields: dict[str, str],
+    training: str,
+    evaluation: str,
+) -> None:
+    """In either part one row whose answer is too long, and one whose question is. Broken once:
+    whatever was set, ends were cut and rows dropped."""
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": q + "So?" * 50, "completion": "And."} for q in ("", "Who is 1?")]
+    rows += [{"prompt": q, "completion": "No" * 99} for q in ("What?", "Or?")]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"data": data, "model_name_or_path": tiny, "validation_fraction": 0.5} | fields
+    given |= {"max_length": 64, "max_lost_share": 1}
+    monkeypatch.setattr(
+        sys, "argv", ["check", "--config", "configs/own/sft.yaml", *as_flags(given)]
+    )
+    main()
+    parts = re.split(r"\n(?:training|evaluation|repeated)\n", capsys.readouterr().out)
+    assert f"  {training}" in parts[1] and f"  {evaluation}" in parts[2]
+    assert ("lost: 1 rows" in parts[1]) == training.endswith("their end")
+    assert (" and 0 tokens, " in parts[1]) == training.startswith(("split", "packed"))
 
 
 @pytest.mark.parametrize(

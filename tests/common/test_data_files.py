@@ -170,7 +170,7 @@ def test_several_sets_in_a_folder(tmp_path, names, split, found):
     [
         ("- {config_name: b, data_files: [{split: train, path: b/*}]}", ["b"]),
         (
-            "- {config_name: all, default: true, data_files: '*/*'}\n- {config_name: a, data_files: a/*}",
+            "- {config_name: default, data_files: '*/*'}\n- {config_name: a, data_files: a/*}",
             ["a", "b"],
         ),
         ("- {config_name: a, data_files: a/*}\n- {config_name: b, data_files: b/*}", None),
