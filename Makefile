@@ -42,6 +42,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=171
 BIN := .venv/bin
 LAUNCH = $(BIN)/accelerate launch --quiet --config_file configs/accelerate/$(ACCELERATE).yaml $(if $(PROCESSES),--num_processes $(PROCESSES))
 BY_METHOD = $(if $(METHOD),--method $(METHOD) --output_dir $(FOLDER)/rlhf_$(METHOD))
+WITH_DATA = $(if $(DATA),--data "$(DATA)")
 STAGES := pretrain sft reward rlhf
 
 .PHONY: setup test check check-data all chat lesson clean rankings seeds rounds sweep rlhf_judge arden-report frontier bench-rlhf bench-pretrain bench-pretrain-gpu bench-decoding realm $(STAGES)
@@ -54,14 +55,14 @@ setup: .venv/installed
 	@touch $@
 
 $(STAGES): setup
-	$(LAUNCH) -m $@ --config $(CONFIGS)/$@.yaml $(if $(DATA),--data $(DATA)) $(if $(filter rlhf,$@),$(BY_METHOD)) $(ARGS)
+	$(LAUNCH) -m $@ --config $(CONFIGS)/$@.yaml $(WITH_DATA) $(if $(filter rlhf,$@),$(BY_METHOD)) $(ARGS)
 
 all: setup
 	@for stage in $(STAGES); do $(MAKE) --no-print-directory $$stage || exit 2; done
 	$(BIN)/python -m common.report $(FOLDER)
 
 rankings: setup
-	$(BIN)/python -m reward.collect --config $(CONFIGS)/reward.yaml $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(BIN)/python -m reward.collect --config $(CONFIGS)/reward.yaml $(WITH_DATA) $(ARGS)
 
 rlhf_judge: setup
 	$(LAUNCH) -m rlhf --config $(if $(REALM),$(CONFIGS),configs/arden)/rlhf_judge.yaml $(ARGS)
@@ -79,7 +80,7 @@ rounds: setup
 	$(BIN)/python -m common.rounds --profile $(NAME) --rounds $(or $(ROUNDS),2) $(ARGS)
 
 sweep: setup
-	$(BIN)/python -m common.sweep --profile $(NAME) --stage $(STAGE) --field $(FIELD) --values $(VALUES) -- $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(BIN)/python -m common.sweep --profile $(NAME) --stage $(STAGE) --field $(FIELD) --values $(VALUES) -- $(WITH_DATA) $(ARGS)
 
 frontier: setup
 	$(BIN)/python -m rlhf.frontier $(if $(REALM),--stage_config $(CONFIGS)/rlhf.yaml --output_dir $(FOLDER)/frontier) $(ARGS)
@@ -88,13 +89,13 @@ bench-rlhf: setup
 	TRL112=$(TRL112) OMP_NUM_THREADS=1 $(BIN)/python -m rlhf.bench $(ARGS)
 
 lesson: setup
-	$(BIN)/python -m pretrain.lesson --config configs/shakespeare/lesson.yaml $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(BIN)/python -m pretrain.lesson --config configs/shakespeare/lesson.yaml $(WITH_DATA) $(ARGS)
 
 bench-pretrain: setup
-	$(BIN)/python -m pretrain.bench $(if $(DATA),--data $(DATA)) $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(ARGS)
+	$(BIN)/python -m pretrain.bench $(WITH_DATA) $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(ARGS)
 
 bench-pretrain-gpu: setup
-	$(BIN)/python -m pretrain.bench_gpu $(if $(DATA),--data $(DATA)) $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(ARGS)
+	$(BIN)/python -m pretrain.bench_gpu $(WITH_DATA) $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(ARGS)
 
 bench-decoding: setup
 	$(BIN)/python -m rlhf.bench.decoding $(ARGS)
@@ -103,7 +104,7 @@ chat: setup
 	$(BIN)/python -m common.chat --profile $(NAME) $(if $(STAGE),--stage $(STAGE)) $(ARGS)
 
 check-data: setup
-	$(BIN)/python -m common.check_data --config $(CONFIG) $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(BIN)/python -m common.check_data --config $(CONFIG) $(WITH_DATA) $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -q

@@ -54,7 +54,7 @@ def read_mixture(path: str) -> list[Source]:
         UserError: there is no such file, it is no such list, or an entry is wrong.
     """
     try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        entries = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be read ({reason}); check the file") from None

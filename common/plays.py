@@ -55,9 +55,9 @@ def find_shakespeare(path: str | None = None) -> Path:
         UserError: there is no file at `path`, or nothing is cached and the Hub cannot be reached.
     """
     if path is not None:
-        if not Path(path).is_file():
+        if not (given := Path(path).expanduser()).is_file():
             raise UserError(f"{path}: no such file; give DATA=path to a copy of Tiny Shakespeare")
-        return Path(path)
+        return given
     cached = Path(os.environ.get("FOLIO_CACHE") or "~/.cache/folio").expanduser()
     cached = cached / "tinyshakespeare.txt"
     if not cached.is_file():

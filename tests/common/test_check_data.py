@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,15 @@ def test_real_files(tiny: Path, stage: str, name: str, rows: int):
     assert stage == "reward" or sum(counts) == rows  # the reward model's dev is not shown
     done = check(tiny, stage, Path(folder) / name, "--max_lost_share", "1")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("target", ["check-data", "pretrain", "sft", "rankings", "sweep", "lesson"])
+def test_a_name_with_spaces_reaches_the_command(target: str) -> None:
+    """Broken once: "text.txt belongs to no field"."""
+    command = ["make", "--dry-run", target, "PROFILE=own", "DATA=my text (2).txt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    words = shlex.split(done.stdout.splitlines()[-1])
+    assert words[words.index("--data") + 1] == "my text (2).txt"
 
 
 def test_arden(tiny: Path):

@@ -100,6 +100,8 @@ def test_fingerprint_of_a_file_at_home(tmp_path: Path, monkeypatch: pytest.Monke
         write(tmp_path / "q.jsonl", [{"question": "q", "answer": answer}])
         found.add(source.fingerprint())
     assert len(found) == 2
+    (tmp_path / "mix.yaml").write_text("- {path: ~/q.jsonl}")
+    assert read_mixture("~/mix.yaml") == [source]
 
 
 @pytest.mark.parametrize(

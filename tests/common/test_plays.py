@@ -153,8 +153,10 @@ def test_split_is_nine_to_one_by_characters():
     assert split_text("abcdefghijklmno") == ("abcdefghijklm", "no")
 
 
-def test_find_a_given_file(tmp_path):
+def test_find_a_given_file(tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text("A:\nb\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_shakespeare("~/t.txt") == tmp_path / "t.txt"
     assert find_shakespeare(str(tmp_path / "t.txt")) == tmp_path / "t.txt"
     with pytest.raises(UserError, match=r"nowhere\.txt: no such file; give DATA=path"):
         find_shakespeare(str(tmp_path / "nowhere.txt"))
