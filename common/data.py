@@ -107,7 +107,7 @@ def load_rows(
             cache_dir=cache_dir,
             fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
             # A row of .txt may be a whole book: few at a time, or memory grows.
-            writer_batch_size=8 if any(".txt" in f.suffixes for f in files or []) else None,
+            writer_batch_size=8 if any(".txt" in f.name.lower() for f in files or []) else None,
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):

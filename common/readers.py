@@ -190,12 +190,26 @@ def _read_txt(path: Path) -> NumberedRows:
     yield number, {"text": rest}
 
 
+def _load_json(text: str) -> Any:
+    """What the text holds.
+
+    Raises:
+        json.JSONDecodeError: nothing, or what is nested too deep, or a number too long to read.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise json.JSONDecodeError(str(error), text, 0) from None
+
+
 def _read_jsonl(path: Path) -> NumberedRows:
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    yield number, json.loads(line.rstrip("\n"))
+                    yield number, _load_json(line.rstrip("\n"))
                 except json.JSONDecodeError as error:
                     # given, not raised: a generator that raised could not go on
                     yield (
@@ -214,7 +228,7 @@ def _read_json(path: Path) -> NumberedRows:
             first = file.read(1)
         if first == "[":
             try:
-                yield from enumerate(json.loads(first + file.read()), start=1)
+                yield from enumerate(_load_json(first + file.read()), start=1)
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{path}: not JSON ({error.msg}, line {error.lineno}); expected a list of rows"

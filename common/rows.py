@@ -14,6 +14,7 @@ Messages begin with at most one system turn; then user and assistant take turns.
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ Messages = list[dict[str, str]]
 
 # ShareGPT's names for the roles.
 _ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("system", "user", "assistant")}
+_CONVERSATION = 'a list of messages, or a dialogue that begins with "Human:"'
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # Anthropic's, in a dialogue as one text
 
 
@@ -118,7 +120,7 @@ def _message(value: Any, name: str) -> dict[str, str]:
     role, content = (value.get(key) for key in keys)
     if value.get("tool_calls") or value.get("function_call"):
         raise BadRow(f"{name} calls a tool; expected text alone")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise BadRow(f'{name}: "{keys[0]}" is {_show(role)}; expected system, user or assistant')
     return {"role": _ROLES[role], "content": _check_text(content, f'{name}: "{keys[1]}"')}
 
@@ -152,7 +154,8 @@ def _check_text(value: Any, name: str) -> str:
 
 
 def _check_number(value: Any, name: str, least: float = -math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(value) <= sys.float_info.max:  # nan, inf, and what is no float's
         raise BadRow(f"{name} is {_show(value)}; expected a number")
     if value < least:
         raise BadRow(f"{name} is {_show(value)}; expected {least:g} or more")
@@ -183,7 +186,10 @@ def _check_turns(messages: Messages, last: str, name: str) -> Messages:
 
 def _conversation(field: str) -> Callable[[Row], dict[str, Any]]:
     def convert(row: Row) -> dict[str, Any]:
-        messages = row.system() + row.messages(field, "user")
+        messages = row.messages(field, "user")
+        if len(messages) == 1 and isinstance(given := row.get(field), str):  # as a cell of CSV
+            raise BadRow(f'"{row.name(field)}" is {_show(given)}; expected {_CONVERSATION}')
+        messages = row.system() + messages
         return {"messages": _check_turns(messages, "assistant", row.name(field))}
 
     return convert
@@ -216,6 +222,8 @@ def _instruction(row: Row) -> Messages:
 
 def _history(row: Row) -> Messages:
     turns, name = row.values.get(row.name("history")) or [], f'"{row.name("history")}"'
+    if isinstance(turns, str) and turns.strip() in ("", "[]"):  # an empty list, as CSV has it
+        return []
     if not isinstance(turns, list):
         raise BadRow(f"{name} is {_show(turns)}; expected a list of [question, answer]")
     messages = []
@@ -243,8 +251,11 @@ def _preference(asked: Callable[[Row], Messages] | None = None) -> Callable[[Row
         chosen = row.messages("chosen", "assistant")
         rejected = row.messages("rejected", "assistant")
         prompt = chosen[:-1]
+        both = f'"{row.name("chosen")}" and "{row.name("rejected")}"'
         if prompt != rejected[:-1]:
-            raise BadRow("chosen and rejected differ before their last turn; expected one prompt")
+            raise BadRow(f"{both} differ before their last turn; expected one prompt")
+        if not prompt and not asked:
+            raise BadRow(f"{both} hold no prompt; expected of each {_CONVERSATION}")
         given = row.values.get(row.name("prompt"))
         if asked and (not prompt or isinstance(given, list)):
             shared, prompt = prompt, asked(row)
@@ -254,7 +265,7 @@ def _preference(asked: Callable[[Row], Messages] | None = None) -> Callable[[Row
         for name, answer in (("chosen", chosen), ("rejected", rejected)):
             _check_turns(prompt + answer[-1:], "assistant", row.name(name))
         if chosen == rejected:
-            raise BadRow("chosen and rejected are the same; expected two answers")
+            raise BadRow(f"{both} are the same; expected two answers")
         return {
             "prompt": prompt,
             "chosen": chosen[-1:],

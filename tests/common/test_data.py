@@ -40,6 +40,7 @@ MESSAGES = [
         say("s: S", "u: A", "a: B", "u: Hi", "a: Ho"),
     ),
     ({"history": [], "instruction": "Hi", "output": "Ho"}, UA),
+    ({"history": "[]", "instruction": "Hi", "output": "Ho"}, UA),
     ({"conversations": gpt("s: S", "u: Hi", "a: Ho")}, say("s: S", "u: Hi", "a: Ho")),
     ({"conversations": UA}, UA),
 ]
@@ -241,6 +242,10 @@ FAULTS = [
     ([{"messages": UA}, "", "  ", {"messages": [3]}], 'row 4: "messages"[0] is 3 (int); exp'),
     ([{"messages": [{"role": "user"}]}], '"messages"[0]: "content" is None (NoneType); expected'),
     ([{"messages": [{"role": "tool", "content": "x"}]}], '"role" is \'tool\' (str); expected sys'),
+    ([{"messages": [{"role": ["user"], "content": "x"}]}], "\"role\" is ['user'] (list); expected"),
+    ([{"messages": '[{"role": "user"}]'}], '"messages" is \'[{"role": "user"}]\' (str); expe'),
+    ([{"prompt": "a", "completion": "b"}, "[" * 99_999], "row 2: not JSON (maximum recursion"),
+    ([{"prompt": "a", "completion": "b"}, "9" * 5000], "row 2: not JSON (Exceeds the limit"),
     ([{"conversations": [{"from": "bot", "value": "x"}]}], '"from" is \'bot\' (str); expected sys'),
     ([{"messages": [*say("u: a"), say("a: b")[0] | {"tool_calls": [{"id": 1}]}]}],
      '"messages"[1] calls a tool; expected text alone'),
@@ -307,6 +312,11 @@ def test_faults_of_messages(load, rows, message):
             '"prompt" ends in "Assistant:" and does not begin with "Human:"',
         ),
         (
+            "preference",
+            {f: f"Be brief.\n\nHuman: a\n\nAssistant: {f}" for f in ("chosen", "rejected")},
+            '"chosen" and "rejected" hold no prompt; expected of each a list of messages, or a dia',
+        ),
+        (
             "messages",
             {"history": [["a"]], "instruction": "b", "output": "c"},
             "\"history\"[0] is ['a'] (list); expected [question, answer]",
@@ -344,7 +354,7 @@ def test_faults_of_messages(load, rows, message):
         (
             "preference",
             {"prompt": "a", "chosen": "b", "rejected": "b"},
-            "chosen and rejected are the same; expected two answers",
+            '"chosen" and "rejected" are the same; expected two answers',
         ),
         (
             "preference",
@@ -365,6 +375,11 @@ def test_faults_of_messages(load, rows, message):
             "preference",
             {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "nan"},
             '"margin" is nan (float); expected a number',
+        ),
+        (
+            "preference",
+            {"prompt": "a", "answers": ["b", "c"], "scores": [1, 10**400]},
+            f'"scores"[1] is 1{"0" * 56}... (int); expected a number',
         ),
     ],
 )
