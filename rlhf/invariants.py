@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from common.sharded import SHARDED
 from rlhf.loss import policy_stats
 from rlhf.rollout import Rollout
 
+BITS_AT_ONCE = 1 << 20  # elements of a weight, which are eight bytes each while they are summed
 SAME_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -124,17 +126,34 @@ def check_score_position(
 
 
 def checksums(model: nn.Module, trainable: bool | None = None) -> dict[str, Tensor]:
-    """For each parameter the sum of its bits read as integers, () int64: exact, in any order.
+    """For each parameter and each buffer that is saved a figure of its bits, () int64, exact.
 
     Args:
-        model: whose parameters.
+        model: whose parameters; of sharded ones, the shards that are here.
         trainable: only those that train, or only those that don't; None = all.
     """
+    state = model.state_dict(keep_vars=True)
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {
-        name: p.detach().contiguous().view(SAME_WIDTH[p.element_size()]).sum(dtype=torch.int64)
-        for name, p in model.named_parameters()
-        if trainable in (None, p.requires_grad)
+        name: checksum(tensor.detach())
+        for name, tensor in named.items()
+        if name in state and trainable in (None, tensor.requires_grad)
     }
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Sum of its elements' bits, as integers, times 1, 3, 5, ..., () int64.
+
+    It changes with any one element, and with any two that change places.
+    """
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    bits = local.contiguous().view(SAME_WIDTH[local.element_size()]).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for place, part in enumerate(bits.split(BITS_AT_ONCE)):
+        first = 2 * place * BITS_AT_ONCE + 1
+        weights = torch.arange(first, first + 2 * len(part), 2, device=bits.device)
+        total += (part * weights).sum()
+    return total
 
 
 def check_unchanged(before: dict[str, Tensor], now: dict[str, Tensor], where: str) -> None:

@@ -10,7 +10,7 @@ from conftest import count_w5
 import rlhf.trainer
 from rlhf.advantage import token_rewards
 from rlhf.callbacks import WeightGuard
-from rlhf.invariants import BrokenInvariant, check_same_policy, checksums
+from rlhf.invariants import BITS_AT_ONCE, BrokenInvariant, check_same_policy, checksums
 from rlhf.rollout import join
 from rlhf.trainer import PPOTrainer
 
@@ -159,3 +159,31 @@ def test_checksum_sees_one_bit(dtype: torch.dtype) -> None:
     bits[1, 2] ^= 1
     now = checksums(model)
     assert now["weight"] != before["weight"] and now["bias"] == before["bias"]
+
+
+def test_checksum_sees_order_and_buffers() -> None:
+    """Broken once: bits summed without their places; parts' places left out; buffers left out.
+
+    The elements that change places have no bits in their lower halves, as of loaded bfloat16, and
+    lie a power of two apart.
+    """
+    model = torch.nn.BatchNorm1d(2 * BITS_AT_ONCE).float()
+    torch.nn.init.normal_(model.weight)
+    with torch.no_grad():
+        model.weight.copy_(model.weight.bfloat16())
+    model.register_buffer("cached", torch.zeros(1), persistent=False)
+    before = checksums(model)
+    assert before.keys() == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    for distance in (1, 1 << 15, BITS_AT_ONCE):
+        rows = model.weight.detach()
+        swapped = rows[[distance, 0]]
+        assert swapped[0] != swapped[1]
+        rows[[0, distance]] = swapped
+        now = checksums(model)
+        assert now.pop("weight") != before["weight"]
+        assert now.items() <= before.items()
+        rows[[0, distance]] = swapped.flip(0)
+    assert checksums(model) == before
+    model.running_var[3] += 1e-6
+    assert checksums(model)["running_var"] != before["running_var"]
+    assert checksums(model, trainable=False).keys() == before.keys() - {"weight", "bias"}
