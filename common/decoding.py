@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+# Layers of which `batch_select_indices` selects all there is; others keep states that it leaves.
+ROWS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def sample_unended(
@@ -22,7 +25,8 @@ def sample_unended(
 ) -> Any:
     """A `custom_generate` for transformers' `generate`, greedy or drawn; its rules and limits.
 
-    Where rows cannot leave (a cache of fixed size, or none) it is transformers' own loop.
+    Where rows cannot leave (a cache of fixed size, of recurrent states, or none) it is
+    transformers' own loop.
 
     Args:
         input_ids: (B, P), padded on the left; the rest as `generate` passes it.
@@ -31,7 +35,7 @@ def sample_unended(
         (B, P + S) ids, S the longest row's steps; after its end a row has padding.
     """
     cache, mask = model_kwargs.get("past_key_values"), prompt_mask(input_ids, model_kwargs)
-    if type(cache) is not DynamicCache:
+    if type(cache) is not DynamicCache or any(type(layer) not in ROWS for layer in cache.layers):
         rules = logits_processor, stopping_criteria, generation_config
         return model._sample(input_ids, *rules, **model_kwargs)
     rows, length = input_ids.shape

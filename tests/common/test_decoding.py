@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RecurrentGemmaConfig,
+)
 
 from common.decoding import sample_unended
 from common.graph_decoding import CHECKED_EVERY, GraphSampler
@@ -116,6 +122,39 @@ def test_where_rows_cannot_leave_it_is_theirs(way: dict[str, Any], tmp_path: Pat
     ids, mask = prompts(8)
     options = way | {"disable_compile": True, "custom_generate": sample_unended}
     assert torch.equal(generate(model, ids, mask, **options), generate(model, ids, mask))
+
+
+HYBRID: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RecurrentGemmaConfig(**HYBRID, attention_window_size=16, w_init_variance_scale=0.2),
+        FalconH1Config(**HYBRID, mamba_d_ssm=32, mamba_n_heads=2, mamba_d_state=8),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_recurrent_states_are_left_to_transformers(config: Any) -> None:
+    """In layers of their own, and beside a layer's keys and values.
+
+    Broken by dropping in every `DynamicCache`: the first cannot select rows, the second selects of
+    its keys and values alone; and by asking for `batch_select_indices`, which the second has.
+    """
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids, mask = prompts(16, padded=False)
+    plain = generate(model, ids, mask)
+    assert torch.equal(generate(model, ids, mask, custom_generate=sample_unended), plain)
+    lengths = (plain[:, ids.shape[1] :] != PAD).sum(1)
+    assert lengths.min() < lengths.max()
 
 
 @pytest.mark.parametrize(
