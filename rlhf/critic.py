@@ -303,13 +303,19 @@ def check_critic(policy: PreTrainedModel | PeftModel) -> None:
 
 @torch.no_grad()
 def check_plain_logits(policy: PreTrainedModel | PeftModel) -> None:
-    """Refuse a model whose logits are more than its LM head on its last hidden states."""
+    """Refuse a model whose logits are more than its LM head on its last hidden states.
+
+    The head's are made large, up to 1,000, for a cap leaves small ones as they are.
+    """
     model = language_model(policy)
-    weight = model.get_output_embeddings().weight
-    input_ids = torch.arange(4, device=weight.device)[None]
+    head = model.get_output_embeddings()
+    input_ids = torch.arange(4, device=head.weight.device)[None]
+    ours = head(model.base_model(input_ids=input_ids).last_hidden_state)
+    scale = 1000 / ours.abs().max().clamp(min=1e-6)
+    enlarge = head.register_forward_hook(lambda _, args, logits: scale * logits)
     theirs = model(input_ids=input_ids).logits
-    ours = model.get_output_embeddings()(model.base_model(input_ids=input_ids).last_hidden_state)
-    if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2):
+    enlarge.remove()
+    if not torch.allclose(scale * ours.float(), theirs.float(), rtol=1e-2, atol=1e-2):
         raise UserError(
             f"{type(model).__name__} transforms its logits (soft-capping or scaling): not supported"
         )

@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_config, build_tokenizer, count_w5, prompts
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
+)
 
+from common.errors import UserError
+from rlhf.critic import check_plain_logits
 from rlhf.loss import policy_stats
 from rlhf.trainer import PPOTrainer
 
@@ -198,3 +207,33 @@ def test_prompts_of_any_length_are_kept_whole(build: Build) -> None:
     for b, row in enumerate(rows):
         ids = tokenizer(row["prompt"])["input_ids"]
         assert rollout.input_ids[b, : int(rollout.prompt_lengths[b])].tolist() == ids
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": 16,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "plain"),
+    [
+        (Gemma2Config(**TINY, head_dim=8), {"final_logit_softcapping": None}),
+        (CohereConfig(**TINY), {"logit_scale": 1.0}),
+        (GraniteConfig(**TINY, logits_scaling=2.0), {"logits_scaling": 1.0}),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_logits_that_are_capped_or_scaled_are_refused(config: Any, plain: dict[str, Any]) -> None:
+    """However small they still are. Broken once: compared as they are, where a cap of 30 shows no
+    difference; the scale left out of one side, that refuses everybody.
+    """
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match="transforms its logits"):
+        check_plain_logits(AutoModelForCausalLM.from_config(config))
+    config.update(plain)
+    check_plain_logits(AutoModelForCausalLM.from_config(config))
