@@ -121,3 +121,54 @@ def test_reaches_the_exact_optimum(build: Build, small_policy: str) -> None:
     assert kl(reference, optimum) > 0.5
     assert kl(trained, optimum) < 0.01
     assert kl(optimum, trained) < 0.01  # large where a good completion is never sampled
+
+
+FIRST = torch.randn(8, generator=torch.Generator().manual_seed(4))
+
+
+def first_token_score(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [FIRST[ids[0]].item() for ids in completion_ids]
+
+
+@pytest.mark.parametrize("share_trunk", [False, True])
+def test_values_come_to_the_known_returns(
+    build: Build, small_policy: str, share_trunk: bool
+) -> None:
+    """The critic alone is trained, undiscounted, without penalties: before the first token it is
+    to give the policy's mean score, after it that token's. The prompt ends as no first token does
+    that another follows: of the same word a fixed trunk makes nearly the same state.
+
+    Broken once: the value loss negated; advantages as its target; values read one token late.
+    """
+    trainer = build(
+        small_policy,
+        reward_funcs=first_token_score,
+        dataset=Dataset.from_dict({"prompt": ["w4 <eos>"] * 512}),
+        per_device_train_batch_size=128,
+        gradient_accumulation_steps=1,
+        num_mini_batches=2,
+        max_completion_length=2,
+        missing_eos_penalty=0.0,
+        beta=0.0,
+        gae_lambda=1.0,
+        share_trunk=share_trunk,
+        learning_rate=0.0,
+        critic_learning_rate=3e-2,
+        lr_scheduler_type="linear",
+        num_updates=60,
+        logging_strategy="no",
+    )
+    trainer.train()
+    policy = AutoModelForCausalLM.from_pretrained(small_policy)
+    for name, p in policy.named_parameters():
+        assert torch.equal(p, trainer.model.get_parameter(name))
+    following = [token for token in range(8) if token != EOS]
+    ids = torch.tensor([[4, EOS, token, 6] for token in following])
+    mask = torch.ones(len(ids), 2, dtype=torch.bool)
+    with torch.no_grad():
+        chances = policy(input_ids=ids[:1, :2]).logits[0, 1].softmax(-1)
+        where = {"prompt_lengths": torch.full((len(ids),), 2), "completion_mask": mask}
+        values = trainer.model(input_ids=ids, **where)[2]
+    expected = torch.stack([(chances @ FIRST).expand(len(ids)), FIRST[following]], 1)
+    assert FIRST[following].std() > 0.5
+    torch.testing.assert_close(values, expected, rtol=0, atol=0.1)
