@@ -5,6 +5,7 @@ assistant is left; the reward model's trainer drops a pair whose longer sequence
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class LengthReport:
     longest_row: str  # its file, row and field
     characters: int = 0  # of all that is said
     unknown: int = 0  # of these, such as the tokenizer never saw; it reads them all as one
+    unknown_row: str = ""  # file, row and field that has most of them
 
     @property
     def rows(self) -> int:
@@ -87,7 +89,8 @@ class LengthReport:
         """Refuse to train on what is left of too few rows.
 
         Raises:
-            UserError: more than `max_lost_share` of the rows do not fit into `max_length`.
+            UserError: more than `max_lost_share` of the rows do not fit into `max_length`, or
+                none keeps an answer.
         """
         if self.truncated > max_lost_share * self.rows:
             raise UserError(
@@ -95,6 +98,11 @@ class LengthReport:
                 f"({self.max_length:,} tokens), more than max_lost_share ({max_lost_share:g}); "
                 f"the longest is {self.longest_row} with {self.longest:,}: "
                 "raise max_length, shorten the rows, or allow it by --max_lost_share"
+            )
+        if self.rows and self.unanswered == self.rows:
+            raise UserError(
+                f"max_length ({self.max_length:,}) leaves none of {self.rows:,} rows a token of an "
+                f"answer; the longest is {self.longest_row} with {self.longest:,}: raise it"
             )
 
     def require_context(self, model: str | Path) -> None:
@@ -119,8 +127,9 @@ class LengthReport:
         """
         if self.unknown > max_lost_share * self.characters:
             raise UserError(
-                f"{self._unknown()}, more than max_lost_share ({max_lost_share:g}): pretrain on "
-                "text that has them, or with a BPE, or allow it by --max_lost_share"
+                f"{self._unknown()}, more than max_lost_share ({max_lost_share:g}), most of them "
+                f"in {self.unknown_row}: pretrain on text that has them, or with a BPE, or allow "
+                "it by --max_lost_share"
             )
 
     def histogram(self, bins: int = 8) -> str:
@@ -167,6 +176,11 @@ def measure_lengths(
             field = fields[lengths.index(longest)] if fields else "text"
             field = f'{name_row(dataset, len(row_lengths))}, "{field}"'
         row_lengths.append(max(lengths))
+    unknown: Counter[str] = Counter()
+    if tokenizer.unk_token_id is not None:  # pieces of words leave nothing unknown
+        for place, name, message in _said(dataset):
+            if count := count_unknown(tokenizer, [message["content"]]):
+                unknown[f'{name_row(dataset, place)}, "{name}"'] += count
     return LengthReport(
         max_length=max_length,
         row_lengths=row_lengths,
@@ -174,14 +188,10 @@ def measure_lengths(
         tokens_cut=tokens_cut,
         unanswered=unanswered,
         longest_row=field,
-        characters=sum(map(len, _contents(dataset))),
-        unknown=count_unknown(tokenizer, _contents(dataset)),
+        characters=sum(len(message["content"]) for _, _, message in _said(dataset)),
+        unknown=unknown.total(),
+        unknown_row=max(unknown, key=lambda row: unknown[row], default=""),
     )
-
-
-def _contents(rows: Dataset) -> Iterator[str]:
-    """What is said in the rows, message by message."""
-    return (message["content"] for _, _, message in _said(rows))
 
 
 def _said(rows: Dataset) -> Iterator[tuple[int, str, dict[str, str]]]:

@@ -168,6 +168,11 @@ def _show(value: Any) -> str:
     return f"{text} ({type(value).__name__})"
 
 
+def _refuse_tools(row: Row) -> None:
+    if row.values.get("tools"):
+        raise BadRow('"tools" lists what may be called; expected text alone')
+
+
 def _check_turns(messages: Messages, last: str, name: str) -> Messages:
     """`messages` of the field `name`, if roles come in order and the last is `last`."""
     offset = int(messages[0]["role"] == "system") if messages else 0
@@ -186,6 +191,7 @@ def _check_turns(messages: Messages, last: str, name: str) -> Messages:
 
 def _conversation(field: str) -> Callable[[Row], dict[str, Any]]:
     def convert(row: Row) -> dict[str, Any]:
+        _refuse_tools(row)
         messages = row.messages(field, "user")
         if len(messages) == 1 and isinstance(given := row.get(field), str):  # as a cell of CSV
             raise BadRow(f'"{row.name(field)}" is {_show(given)}; expected {_CONVERSATION}')
@@ -199,6 +205,7 @@ def _question_and_answer(question: str, answer: str) -> Callable[[Row], dict[str
     def convert(row: Row) -> dict[str, Any]:
         if isinstance(row.values.get("label"), bool):
             raise BadRow('"label" says if the answer is good; expected answers to learn from alone')
+        _refuse_tools(row)
         prompt = row.messages(question, "user")
         completion = row.messages(answer, "assistant")
         messages = row.system() + prompt + completion

@@ -48,6 +48,7 @@ from common.tokenizer import load_tokenizer, require_own_tokens
 from reward.collect import EVALUATED_ON, collect, hash_labeller
 from reward.config import BY_DATA, RewardModelConfig
 from reward.figures import (
+    TAKEN,
     accuracy_figures,
     calibration_figures,
     label_probabilities,
@@ -126,7 +127,8 @@ def load_pairs(
     """The rankings of each split that fit into `max_length`.
 
     Raises:
-        UserError: too much would be lost, or there is no margin where margins are asked for.
+        UserError: too much would be lost, there is no margin where margins are asked for, or a
+            kind of pair is called like a figure.
     """
     pairs = {}
     for split in splits:
@@ -136,6 +138,12 @@ def load_pairs(
             print(f"reward, {split}: {lengths}")
         lengths.require_learnable(parent, config.max_lost_share)
         pairs[split] = keep_fitting(rows, lengths)
+    taken = {kind for rows in pairs.values() for kind in rows.unique("kind")} & TAKEN
+    if taken:
+        raise UserError(
+            f"{folder}: accuracy_{min(taken)} is another figure than that of the pairs of kind "
+            f'"{min(taken)}"; give them another `kind`'
+        )
     without = [split for split, rows in pairs.items() if "margin" not in rows.column_names]
     if config.margins and without:
         raise UserError(

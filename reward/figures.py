@@ -15,6 +15,10 @@ BINS = 10  # of the reliability table
 FOLDS = 5
 
 
+# Figures that are no kind's: a kind of pair may not be called so.
+TAKEN = {"clean_labels", "ceiling", "chance_error", "longer_worse", "longer_worse_chance_error"}
+
+
 def accuracy_figures(
     pairs: Dataset, chosen: list[float], rejected: list[float], *, simulated: bool
 ) -> dict[str, float]:

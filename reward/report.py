@@ -24,7 +24,7 @@ def write_report(
     """
     bins, lines = reliability(probabilities), write_verdict(figures).splitlines()
     known = "accuracy_clean_labels" in figures
-    names = ["kind", "pairs", "accuracy", *(["on clean labels"] if known else [])]
+    names = ["kind", "pairs", "accuracy", *(["on clean labels", "at most"] if known else [])]
     names += ["margin", "calibration error"]
     lines += ["\n## By kind of pair\n", _cells(names), "|---" * len(names) + "|"]
     everything = list(range(len(pairs)))
@@ -89,7 +89,8 @@ def _row(
     given = sum(a > b for a, b in zip(chosen, rejected, strict=True)) / count
     clean = sum(distance > 0 for distance in distances) / count
     error = calibration_error(reliability(probabilities))
-    shares = [f"{given:.3f}", *([f"{clean:.3f}"] if known else [])]
+    ceiling = 1 - sum(pairs["flipped"]) / count  # of a perfect judge, on the labels as given
+    shares = [f"{given:.3f}", *([f"{clean:.3f}", f"{ceiling:.3f}"] if known else [])]
     mean = sum(distances) / count
     return _cells([name, str(count), *shares, f"{mean:.2f}", f"{error:.3f}"])
 

@@ -43,7 +43,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     is used with.
 
     Raises:
-        UserError: there is no template; it cannot render a chat, or passes over a system turn; it
+        UserError: there is no template; it cannot render a chat, or passes over a turn; it
             has no generation marks, marks too much or too little, or leaves an answer's end out;
             what it opens an answer with is not what stands before one; the tokenizer does not know
             a sign that it writes.
@@ -72,6 +72,12 @@ def _check_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> None:
     encoded: Any = tokenizer.apply_chat_template(
         chat, return_assistant_tokens_mask=True, return_dict=True
     )
+    text: Any = tokenizer.apply_chat_template(chat, tokenize=False)
+    if text.count("ask") != 2:
+        raise UserError(
+            f"the chat template writes two user turns that say `ask` as {text!r}; write what each "
+            "says, once"
+        )
     asked = render(tokenizer, [chat[:-1]], ask=True)[0]
     ids, mask = encoded["input_ids"], encoded["assistant_masks"]
     runs = [

@@ -76,7 +76,9 @@ def check(tiny: Path, stage: str, data: Path, *more: str) -> subprocess.Complete
 
 
 def test_command_reports_and_refuses(tiny: Path, tmp_path: Path):
-    """Broken by leaving `require_kept` out: the second call then ended with 0."""
+    """Broken by leaving `require_kept` out: the second call then ended with 0. By a report without
+    its histogram, without what is repeated, without the longest row.
+    """
     data = tmp_path / "faq.jsonl"
     rows = [{"question": f"Who is {n}?", "answer": "He is." * (1 + n % 2 * 40)} for n in range(40)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -84,8 +86,13 @@ def test_command_reports_and_refuses(tiny: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     train, held_out = (int(n) for n in re.findall(r"(\d+) rows, ", done.stdout))
     assert train + held_out == 40 and 2 <= held_out < 12 and "[[ He is.<|eos|>]]" in done.stdout
+    assert done.stdout.count(" tokens  ") == 2 * 8  # a histogram of either part
+    assert f"0 of {train} training rows stand there before" in done.stdout
+    assert "longest: " not in done.stdout
     done = check(tiny, "sft", data, "--max_length", "64")
     assert done.returncode == 2 and "[cut off:" not in done.stdout
+    assert re.search(r"longest: .*faq\.jsonl, row \d+, \"messages\", 2\d\d tokens", done.stdout)
+    assert re.search(r"cut: \d+ rows, which lose their end", done.stdout)
     assert f" of {train} rows are longer" in done.stderr and "faq.jsonl, row " in done.stderr
     assert "Traceback" not in done.stderr
     done = check(tiny, "sft", data, "--stage", "rlhf")

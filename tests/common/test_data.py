@@ -316,6 +316,7 @@ def test_faults_of_messages(load, rows, message):
             {f: f"Be brief.\n\nHuman: a\n\nAssistant: {f}" for f in ("chosen", "rejected")},
             '"chosen" and "rejected" hold no prompt; expected of each a list of messages, or a dia',
         ),
+        ("messages", {"messages": UA, "tools": "[...]"}, '"tools" lists what may be called'),
         (
             "messages",
             {"history": [["a"]], "instruction": "b", "output": "c"},

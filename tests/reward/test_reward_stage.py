@@ -10,7 +10,8 @@ import pytest
 
 from common.config import as_flags
 from common.errors import UserError
-from reward.__main__ import main
+from common.tokenizer import load_tokenizer
+from reward.__main__ import build_scorer, main
 from tests.toy import save_toy
 
 PAIRS = [
@@ -61,11 +62,21 @@ def test_other_rankings_of_a_labeller_are_another_run(
         run(asked, labeller=tmp_path / "mix.yaml")
 
 
+def test_a_template_that_opens_answers_by_nothing(toy: Path) -> None:
+    """Broken once: log-probabilities of the question were in the score, too."""
+    tokenizer = load_tokenizer(toy)
+    build_scorer(toy, tokenizer, answer_logprobs=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="the chat template opens an answer by nothing"):
+        build_scorer(toy, tokenizer, answer_logprobs=True)
+
+
 @pytest.mark.parametrize(
     ("rows", "fields", "message"),
     [
         ([*PAIRS, {"prompt": "And?"}], {}, "row 41"),
         (PAIRS, {"margins": 2}, "give --margins 0"),
+        ([row | {"kind": "ceiling"} for row in PAIRS], {}, "accuracy_ceiling is another figure"),
         (PAIRS, {"max_length": 4}, "are longer than max_length"),
         (PAIRS, {"eos_token": "<|user|>"}, "is not the tokenizer's own"),
         (PAIRS, {"chat_template_path": "own.jinja"}, "is for fine-tuning"),

@@ -84,8 +84,8 @@ def test_report_by_hand() -> None:
     probabilities = [0.9, 0.9, 0.2, 0.2]
     lines = write_report(figures, FOUR, CHOSEN, REJECTED, probabilities).splitlines()
     assert lines[0] == "# Reward model: no-go for PPO" and "- it is bad" in lines
-    assert any(line.startswith("| x | 2 | 1.000 | 0.500 | 0.50 |") for line in lines)
-    assert any(line.startswith("| y | 2 | 0.000 | 0.000 | -2.00 |") for line in lines)
+    assert any(line.startswith("| x | 2 | 1.000 | 0.500 | 0.500 | 0.50 |") for line in lines)
+    assert any(line.startswith("| y | 2 | 0.000 | 0.000 | 1.000 | -2.00 |") for line in lines)
     assert "| spam_thanks | 0.4 |" in lines and "| 2 | 0.900 | 1.000 |" in lines
 
 

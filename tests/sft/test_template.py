@@ -46,6 +46,10 @@ def test_good_templates_pass():
         ("{% if m.role == 'assistant' %}", "{% if m.role != 'user' %}",
          "generation marks hold 'lead<|eos|>say<|eos|>say<|eos|>' of system `lead`, user"),
         ("{% else %}", "{% elif m.role == 'user' %}", "leaves out what a system turn says"),
+        ("<|{{ m.role }}|>{{ m.content }}", "<|{{ m.role }}|>",
+         "writes two user turns that say `ask` as '<|bos|><|user|><|eos|><|assistant|>say"),
+        ("<|{{ m.role }}|>{{ m.content }}", "<|{{ m.role }}|>{{ m.content if loop.first }}",
+         "write what each says, once"),
         ("{% else %}", "{% else %}Question:", "writes signs that the tokenizer does not know"),
     ],
 )  # fmt: skip
