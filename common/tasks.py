@@ -14,7 +14,7 @@ from datasets import Dataset
 from common import plays
 from common.arden.task import ArdenTask
 from common.arden.world import PEOPLE
-from common.data import dataset_fingerprint, holdout, load_rows
+from common.data import dataset_fingerprint, holdout, load_rows, require_two_parts
 from common.errors import UserError
 from common.mixture import Source, is_mapping, load_mixed, read_mixture, weigh
 from common.rows import assistant
@@ -261,10 +261,15 @@ class FileTask:
         return ", ".join(f"{s.weight:g} x {s.fingerprint()}" for s in self.sources)
 
     def texts(self, split: str) -> Iterator[str]:
-        """The `text` column; of a plain text file, which is one stream, the part before the end."""
+        """The `text` column; of a plain text file, which is one stream, the part before the end.
+
+        Raises:
+            UserError: a part would be empty.
+        """
         if self.documents_apart:
             yield from self._rows("text", split)["text"]
             return
+        require_two_parts(self.share)
         pieces = load_rows(self.sources[0].path, format="text")["text"]
         left = round((1 - self.share) * sum(len(piece) for piece in pieces))
         for piece in pieces:

@@ -1,5 +1,6 @@
 """Plays as data for the stages: what each split gives, and the figures on replies."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -121,6 +122,28 @@ def test_samples_show_short_prompts(tmp_path: Path) -> None:
     long_ones = tmp_path / "long.jsonl"
     long_ones.write_text("".join(json.dumps(row) + "\n" for row in rows[1::2]), encoding="utf-8")
     assert len(load_task(str(long_ones), validation_fraction=0.5).sample_questions()) == 1
+
+
+@pytest.mark.parametrize("name", ["BOOK.TXT", "book.txt", "Book.Txt.gz"])
+def test_a_book_is_one_stream(tmp_path: Path, name: str) -> None:
+    """Broken by the ending as it is written: a book was documents, of which one row is too few."""
+    text, path = "".join(f"line {n}\n" for n in range(100)), tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    task = load_task(str(path))
+    parts = [list(task.texts(split)) for split in ("train", "validation")]
+    cut = round(0.9 * len(text))
+    assert parts == [[text[:cut]], [text[cut:]]] and not task.documents_apart
+
+
+@pytest.mark.parametrize("name", ["book.txt", "texts.jsonl"])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_part_of_a_text_may_not_be_empty(tmp_path: Path, name: str, share: float) -> None:
+    """Broken once for one text: "validation.bin: the text to tokenize is empty", after training's
+    was tokenized."""
+    (tmp_path / name).write_text('{"text": "a"}\n{"text": "b"}\n')
+    task = load_task(str(tmp_path / name), validation_fraction=share)
+    with pytest.raises(UserError, match=r"validation_fraction \([01]\) must be between 0 and 1"):
+        next(iter(task.tokenizer_texts()))
 
 
 @pytest.mark.parametrize(
