@@ -1,6 +1,6 @@
 """The lesson's ladder on Tiny Shakespeare: from a table of pairs to a GPT, one small step a rung.
 
-make lesson DATA=input.txt                 the small rungs: a minute or two on CPU
+make lesson DATA=input.txt                 the small rungs: two to four minutes on a CPU
 make lesson DATA=input.txt ARGS="--scaled true"   the last rung, too; goes on where it was killed
 
 After "Let's build GPT: from scratch, in code, spelled out" (A. Karpathy), with this project's own

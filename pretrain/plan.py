@@ -1,7 +1,7 @@
 """What a pretraining run would take, before it is begun.
 
 python -m pretrain.plan --config configs/web/pretrain.yaml --devices 8 --tflops 400
-python -m pretrain.plan --config configs/web/gpt3_175b.yaml --devices 1024 --shard true
+python -m pretrain.plan --config configs/web/gpt3_175b.yaml --devices 1568 --shard true
 
 The model is built and trained for two steps as stage 1 does, on tensors that have sizes and no
 content (`FakeTensorMode`): so parameters, optimizer states and a step's peak are counted, not

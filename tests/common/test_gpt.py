@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from common import gpt_base
+from common.device import fast_attention
 from common.errors import UserError
 from common.gpt import (
     GPT,
@@ -197,6 +198,17 @@ def test_padding_changes_no_logit(shape: str, attention: str) -> None:
     right = model(ids.roll(-5, 1), attention_mask=mask.roll(-5, 1)).logits[0, :7]
     torch.testing.assert_close(left, alone, atol=2e-5, rtol=0)
     torch.testing.assert_close(right, alone, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("has_bf16", "longest"), [(True, 256), (False, 128)])
+def test_short_rows_have_attention_written_out(
+    has_bf16: bool, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU alone. Seen to fail with one bound for both, and on a GPU with the CPU's."""
+    monkeypatch.setattr("common.device.has_bf16", lambda: has_bf16)
+    assert [fast_attention(length) for length in (longest, longest + 1)] == ["eager", "sdpa"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert fast_attention(longest) == "sdpa"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
