@@ -2,15 +2,11 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from common.config import as_flags
+from tests.kills import run_killed
 
-ROOT = Path(__file__).parents[2]
 KILLS = 20
 FIELDS = {
     "plays": True,
@@ -50,18 +46,7 @@ def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
     text = tmp_path / "play.txt"
     speech = "FIRST:\nthe cat sat on mat {0}.\n\nSECOND:\nthe dog sat on log {0}.\n\n"
     text.write_text("".join(speech.format(n) for n in range(200)), encoding="utf-8")
-    flags = as_flags(FIELDS | {"data": text})
-    command = [
-        sys.executable,
-        str(ROOT / "tests/pretrain/kills.py"),
-        str(tmp_path),
-        str(KILLS),
-        "0",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run([*command, *flags], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr + (tmp_path / "log").read_text()
+    run_killed("pretrain", tmp_path, KILLS, FIELDS | {"data": text})
     whole = read_without_time(tmp_path / "whole")
     assert [line["step"] for line in whole["metrics"]] == list(range(2, 61, 2))
     for killed in tmp_path.glob("killed-*"):
