@@ -1,5 +1,6 @@
 """What alignment reads, whichever way it is done."""
 
+import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,8 @@ class AlignConfig(DataConfig):
             raise UserError(f"method ({self.method}) must be one of {', '.join(METHODS)}")
         if not self.reward:
             raise UserError("reward is empty: a reward model's directory or a Python function")
+        if len({os.path.realpath(name) for name in self.reward}) < len(self.reward):
+            raise UserError(f"reward ({', '.join(self.reward)}) has one twice: each once, weighted")
         if self.disagreement_penalty and not 1 < len(self.models) == len(self.reward):
             raise UserError(
                 f"disagreement_penalty ({self.disagreement_penalty:g}) needs two reward models or "

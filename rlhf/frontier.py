@@ -34,6 +34,7 @@ from rlhf.frontier_plot import by_setting, plot_frontier
 from rlhf.methods import METHODS
 
 BEST_OF_N = "best_of_n"
+QUESTIONS = 100  # of a kind, that best of n is measured on: n answers are drawn to each
 RUN = re.compile(rf"({'|'.join(METHODS)})_[\d.e-]+_\d+")
 # of a row, and of the table: from a summary's `<figure>_after`
 FIGURES = (
@@ -152,7 +153,7 @@ def plan_runs(config: FrontierConfig) -> dict[str, list[str]]:
         for method in config.methods:
             if method == BEST_OF_N:
                 n = [str(n) for n in config.n]
-                runs = {BEST_OF_N: ["rlhf.best_of_n", "--questions", "100", "--n", *n]}
+                runs = {BEST_OF_N: ["rlhf.best_of_n", "--questions", str(QUESTIONS), "--n", *n]}
             else:
                 settings = ["--method", method, "--seed", str(seed), "--best_of", "0", "--beta"]
                 if config.num_updates:
@@ -200,7 +201,10 @@ def finished(folder: Path, n: list[int]) -> bool:
 
 
 def collect(folder: Path) -> list[Row]:
-    """A row for each finished run: method, kl_coefficient (or n), seed, kl and `FIGURES`."""
+    """A row for each finished run: method, kl_coefficient (or n), seed, kl and `FIGURES`.
+
+    `drawn_questions` is the number of a kind where the task's figures are of fewer, drawn answers.
+    """
     rows: list[Row] = []
     for path in sorted(folder.glob("*_*_*/summary.json")):
         if not RUN.fullmatch(path.parent.name):  # set aside by hand
@@ -210,12 +214,13 @@ def collect(folder: Path) -> list[Row]:
         figures = {name: summary[f"{name}_after"] for name in FIGURES}
         rows.append(
             {"method": method, "kl_coefficient": float(beta), "n": None, "seed": int(seed)}
-            | {"kl": summary["kl"]}
+            | {"drawn_questions": None, "kl": summary["kl"]}
             | figures
         )
     for best in read_json(folder / BEST_OF_N / MEASURED) or []:
         rows.append(
             {"method": BEST_OF_N, "kl_coefficient": None, "n": best["n"], "seed": 0}
+            | {"drawn_questions": QUESTIONS}
             | {name: best[name] for name in ("kl", *FIGURES)}
         )
     return sorted(rows, key=lambda row: (row["method"], row["n"] or -row["kl_coefficient"]))
@@ -230,6 +235,8 @@ def write_table(rows: list[Row]) -> str:
     ]
     for (method, setting), group in by_setting(rows).items():
         cells = [show([row[name] for row in group]) for name in columns]
+        if drawn := group[0]["drawn_questions"]:
+            method += f" (drawn, {drawn} questions a kind)"
         lines.append(f"| {method} | {setting} | {len(group)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -116,3 +116,11 @@ def test_needs_two_models(reward: list[str]) -> None:
     AlignConfig(**fields)
     with pytest.raises(UserError, match="needs two reward models"):
         AlignConfig(**fields, disagreement_penalty=0.5)
+
+
+def test_a_reward_is_given_once() -> None:
+    """Held out is another, however the path is written. Broken once: weights 1 and 0 of one."""
+    fields: dict[str, Any] = {"model_name_or_path": "x", "data": "x"}
+    with pytest.raises(UserError, match=r"reward \(out/reward, out/./reward/\) has one twice"):
+        AlignConfig(**fields, reward=["out/reward", "out/./reward/"])
+    AlignConfig(**fields, reward=["out/reward", "out/other"])

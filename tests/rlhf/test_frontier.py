@@ -21,6 +21,7 @@ from tests.toy import save_toy
 
 def row(method: str, kl_coefficient: float | None, kl: float, **figures: Any) -> dict[str, Any]:
     row = {"method": method, "kl_coefficient": kl_coefficient, "n": None, "seed": 0, "kl": kl}
+    row["drawn_questions"] = None
     return row | dict.fromkeys(frontier.FIGURES, 0.5) | figures
 
 
@@ -124,6 +125,8 @@ def test_table_is_of_means_over_seeds() -> None:
     lines = write_table(rows).splitlines()
     assert lines[2].startswith("| ppo | beta 0.1 | 2 | 2.00 ± 0.00 | 1.00 ± 0.71 | 0.50 ± 0.00")
     assert lines[3].startswith("| dpo | beta 0.3 | 1 | 1.00 | 0.50 |")
+    (*_, best) = write_table([row("best_of_n", None, 1.0, n=4, drawn_questions=100)]).splitlines()
+    assert best.startswith("| best_of_n (drawn, 100 questions a kind) | n 4 | 1 | 1.00 |")
 
 
 def test_rows_of_best_of_n_and_of_runs(tmp_path: Path) -> None:
@@ -138,6 +141,7 @@ def test_rows_of_best_of_n_and_of_runs(tmp_path: Path) -> None:
     best = [{"n": n, "kl": n / 10, **figures} for n in (1, 16, 4)]
     (tmp_path / "best_of_n" / "best_of_n.json").write_text(json.dumps(best))
     rows = collect(tmp_path)
+    assert [r["drawn_questions"] for r in rows] == [100, 100, 100, None, None, None]
     assert [(r["method"], r["kl_coefficient"], r["n"]) for r in rows] == [
         ("best_of_n", None, 1),
         ("best_of_n", None, 4),
