@@ -121,7 +121,8 @@ def main() -> None:
         context = base.config.max_position_embeddings
         windows = PretrainingText(text, config.ptx_windows, context, args.seed, tokenizer)
         trainer_class = partial(ReplaySFTTrainer, windows, config.ptx_coef)
-    data, held_out = stage.task.conversations("train"), stage.task.conversations("validation")
+    part = "dev" if args.eval_strategy != "no" else config.evaluate_on  # what it stops by, or not
+    data, held_out = stage.task.conversations("train"), stage.task.conversations(part)
     for name, rows in (("to train on", data), ("held out", held_out)):
         lengths = measure_lengths(rows, tokenizer, args.max_length)
         if args.process_index == 0:

@@ -15,7 +15,9 @@ from common.gpt import build_config, build_gpt
 from common.pretraining_text import PretrainingText
 from common.token_file import write_token_file
 from common.tokenizer import model_vocab_size, train_characters
+from rlhf.config import PPOConfig
 from rlhf.score import TokenScorer
+from rlhf.trainer import PPOTrainer
 from sft.trainer import ReplaySFTTrainer
 from tests.chats import say
 
@@ -206,6 +208,30 @@ def test_every_stage_reads_the_same_ids(tmp_path: Path) -> None:
         assert served.apply_chat_template(chat[:-1], **asked) == prompt
         scored = TokenScorer.tokens(scorer(TOKENIZER), prompt, whole[len(prompt) :])
         assert scored == whole
+    assert rolled_out(tmp_path / "ppo", [chat[:-1] for chat in CHATS]) == prompts
+
+
+def rolled_out(folder: Path, chats: list[Any]) -> list[list[int]]:
+    """The ids that PPO's own rollout begins with."""
+    model("modern").save_pretrained(folder)
+    config = PPOConfig(
+        str(folder / "out"), num_updates=1, num_mini_batches=1, max_completion_length=4,
+        per_device_train_batch_size=len(chats), gradient_accumulation_steps=1, share_trunk=True,
+        use_cpu=True, bf16=False, report_to="none",
+    )  # fmt: skip
+    rows = [{"prompt": chat} for chat in chats]
+    trainer = PPOTrainer(
+        str(folder), length_reward, config, Dataset.from_list(rows), processing_class=TOKENIZER
+    )
+    rollout, _ = trainer._generate_and_score_completions(rows)
+    return [
+        ids[:end].tolist()
+        for ids, end in zip(rollout.input_ids, rollout.prompt_lengths, strict=True)
+    ]
+
+
+def length_reward(completions: list[Any], **_: object) -> list[float]:
+    return [float(len(completion[-1]["content"])) for completion in completions]
 
 
 def scorer(tokenizer: PreTrainedTokenizerFast) -> TokenScorer:
