@@ -71,10 +71,16 @@ class Counts:
     optimizer_bytes: int
     step_bytes: int  # at its peak, gradients that are there then included
     peak_gradient_bytes: int  # these
+    evaluation_bytes: int  # of a batch at its peak
 
 
 def count(
-    config: PreTrainedConfig, batch_size: int, micro_batches: int = 1, *, here: bool = False
+    config: PreTrainedConfig,
+    batch_size: int,
+    micro_batches: int = 1,
+    eval_batch_size: int = 1,
+    *,
+    here: bool = False,
 ) -> Counts:
     """Count a model of `build_config`'s, trained in bf16 autocast over float32 weights.
 
@@ -82,6 +88,7 @@ def count(
         config: its sizes.
         batch_size: windows of block_size tokens in a micro-batch.
         micro_batches: of a step; from the second on the gradients of those before are held.
+        eval_batch_size: windows that are evaluated at once.
         here: in this machine's precision, and with the attention that is fast on it.
     """
     bf16 = not here or has_bf16()
@@ -102,6 +109,7 @@ def count(
             optimizer_bytes=_bytes_of(muon) + 2 * _bytes_of(adamw),  # momentum; both moments
             step_bytes=step.peak,
             peak_gradient_bytes=step.gradients,
+            evaluation_bytes=measure_evaluation(model, eval_batch_size, bf16=bf16).peak,
         )
 
 
@@ -121,6 +129,16 @@ def measure_step(
     take_step(model, optimizers, batch_size, 1, bf16=bf16)  # it makes the optimizers' states
     with PeakMemory(model) as memory:
         take_step(model, optimizers, batch_size, micro_batches, bf16=bf16)
+    return memory
+
+
+@torch.no_grad()
+def measure_evaluation(model: Any, batch_size: int, *, bf16: bool) -> "PeakMemory":
+    """What the loss of a batch of whole windows holds at its peak beside the weights."""
+    with PeakMemory(model) as memory:
+        ids = torch.zeros(batch_size, model.config.max_position_embeddings, dtype=torch.long)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            token_loss(model.eval(), ids, ids)
     return memory
 
 
@@ -195,8 +213,10 @@ def plan(counts: Counts, config: PretrainConfig, block_size: int, machine: PlanC
         "weight_bytes": -(-counts.weight_bytes // parts),
         "optimizer_bytes": -(-counts.optimizer_bytes // parts),
         "step_bytes": counts.step_bytes - split,
+        "evaluation_bytes": counts.evaluation_bytes,
         "bucket_bytes": counts.gradient_bytes if machine.devices > parts else 0,  # DDP's
     }
+    never_at_once = min(memory["step_bytes"], memory["evaluation_bytes"])
     flops = counts.flops_per_token * tokens
     return {
         "parameters": counts.parameters,
@@ -205,7 +225,7 @@ def plan(counts: Counts, config: PretrainConfig, block_size: int, machine: PlanC
         "flops_per_token": counts.flops_per_token,
         "flops": flops,
         **memory,
-        "bytes_per_device": sum(memory.values()),
+        "bytes_per_device": sum(memory.values()) - never_at_once,
         "days": flops / (machine.devices * machine.tflops * 1e12) / 86400,
     }
 
@@ -222,7 +242,8 @@ def main() -> None:
         vocab_size = model_vocab_size(make_tokenizer(model_config, texts, documents=documents))
     sizes = gpt_config(model_config, vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     windows, micro_batches = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    counts = count(sizes, windows, micro_batches, here=machine.here)
+    evaluated = config.per_device_eval_batch_size
+    counts = count(sizes, windows, micro_batches, evaluated, here=machine.here)
     for name, value in plan(counts, config, sizes.max_position_embeddings, machine).items():
         if name.endswith("bytes") or name == "bytes_per_device":
             print(f"{name.replace('bytes', 'GB'):<18} {value / 1e9:>14,.2f}")

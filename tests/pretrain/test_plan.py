@@ -1,11 +1,13 @@
 """The plan against published sizes, PyTorch's counter of operations and its profiler of memory."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,12 +15,14 @@ from common.config import parse_config
 from common.device import fast_attention, has_bf16
 from common.errors import UserError
 from common.gpt import build_config, build_gpt
+from common.token_file import TokenFile, write_token_file
+from common.tokenizer import train_characters
 from pretrain.__main__ import gpt_config
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.optimizer import build_optimizers
 from pretrain.plan import Counts, PlanConfig, count, plan, take_step
 from pretrain.speed import flops_per_token
-from pretrain.train import token_loss
+from pretrain.train import evaluate, token_loss
 
 WEB = Path(__file__).parents[2] / "configs" / "web"
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -88,14 +92,39 @@ def test_memory_is_the_peak_of_a_step(
     take_step(model, optimizers, 4, 1, bf16=bf16)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         take_step(model, optimizers, 4, micro_batches, bf16=bf16)
+    peak = peak_of(profiler)
+    counts = count(config, 4, micro_batches, here=here)
+    assert peak > 1e6
+    assert counts.step_bytes == pytest.approx(peak, rel=0.02)
+
+
+def peak_of(profiler: profile) -> int:
+    """The most bytes that it saw allocated and not freed."""
     changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for change in sorted(changes, key=lambda e: e.start_ns()):
         held += change.nbytes()
         peak = max(peak, held)
-    counts = count(config, 4, micro_batches, here=here)
-    assert peak > 1e6
-    assert counts.step_bytes == pytest.approx(peak, rel=0.02)
+    return peak
+
+
+@pytest.mark.parametrize("shape", ["lesson", "modern"])
+def test_memory_of_an_evaluation(shape: Any, tmp_path: Path) -> None:
+    """Stage 1's own, of 16 whole windows. Left out once: it can be more than a step's. Seen to fail
+    with half of the windows."""
+    file = tmp_path / "a.bin"
+    tokenizer = train_characters(["ab"])
+    write_token_file(["ab" * 8 * SMALL["block_size"]], tokenizer, file, documents=False)
+    config = build_config(shape, **SMALL)
+    model = build_gpt(config)
+    model.set_attn_implementation(fast_attention(SMALL["block_size"]))
+    args = ["--data", "x", "--output_dir", "x", "--per_device_eval_batch_size", "16"]
+    (settings,) = parse_config(PretrainConfig, args=args)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        evaluate(model, TokenFile(file), settings, accelerator)
+    counts = count(config, 1, eval_batch_size=16, here=not has_bf16())
+    assert counts.evaluation_bytes == pytest.approx(peak_of(profiler), rel=0.1)
 
 
 @pytest.mark.parametrize("shape", ["lesson", "modern"])
@@ -120,13 +149,15 @@ def test_optimizer_states_are_those_after_a_step(shape: Any) -> None:
 
 def test_plan_by_hand() -> None:
     """Seen to fail with activations divided among the devices, and without DDP's buckets."""
-    counts = Counts(10, 100, 40, 40, 60, 7, 4)
+    counts = Counts(10, 100, 40, 40, 60, 7, 4, 3)
     config = PretrainConfig(output_dir="out/x", data="x", max_steps=5)
     machine = PlanConfig(devices=2, tflops=1e-9, shard=True)  # 1,000 FLOP/s each
     found = plan(counts, config, 16, machine)
     assert found["tokens"] == 5 * 8 * 16 * 2  # steps, windows, tokens, devices
     assert found["flops"] == 128_000
     assert found["bytes_per_device"] == 20 + 30 + (7 - 2)
+    evaluated = plan(replace(counts, evaluation_bytes=12), config, 16, machine)
+    assert evaluated["bytes_per_device"] == 20 + 30 + 12  # no step is taken beside it
     assert found["days"] == pytest.approx(64 / 86400)
     copied = plan(counts, config, 16, PlanConfig(devices=2, tflops=1e-9, train_tokens=2560))
     assert copied["bytes_per_device"] == 40 + 60 + 7 + 40 and copied["steps"] == 10
