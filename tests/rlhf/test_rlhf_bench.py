@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -143,3 +143,37 @@ def test_ratios_are_theirs_over_ours() -> None:
     theirs: Any = SimpleNamespace(updates=[{"seconds": 6.0}, {"seconds": 4.0}, {"seconds": 10.0}])
     figures = spread("ratio", list(turns(ours, theirs, "seconds")))
     assert figures == {"ratio": 3.0, "ratio_min": 1.0, "ratio_max": 10.0}
+
+
+class Timed(bench.Worker):
+    """A worker of known figures: by name its seconds an update, and its peak in MB."""
+
+    known: ClassVar = {"trl112": (12.0, 400), "separate": (4.0, 200), "shared": (2.0, 100)}
+
+    def __init__(self, name: str):
+        self.name, self.updates = name, []
+
+    def wait(self) -> dict[str, float]:
+        seconds, peak = self.known[self.name]
+        told = {"seconds": seconds, "cpu_seconds": seconds / 2, "peak_mb": peak}
+        return told | {"score": 1.0, "kl": 0.0}
+
+    def update(self) -> dict[str, float]:
+        self.updates.append(self.wait())
+        return self.updates[-1]
+
+
+def test_ratios_of_known_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs over ours, of memory ours over theirs. Broken by either the other way round."""
+    names = Timed.known
+    monkeypatch.setattr(bench, "start", lambda *_: {name: Timed(name) for name in names})
+    monkeypatch.setattr(bench, "stop", lambda _: None)
+    monkeypatch.setenv("TRL112", sys.executable)
+    monkeypatch.setattr(sys, "argv", ["bench", "--output_dir", str(tmp_path), "--seeds", "1"])
+    bench.main()
+    figures = json.loads((tmp_path / "rlhf.json").read_text())
+    assert figures["time_to_reward_ratio"] == figures["samples_per_second_ratio_separate"] == 3
+    assert figures["time_to_reward_ratio_shared"] == figures["samples_per_second_ratio_shared"] == 6
+    assert (figures["memory_ratio"], figures["memory_ratio_shared"]) == (0.5, 0.25)
+    assert figures["lengths_separate_samples_per_second"] == 32 / 4
+    assert figures["reward_trl112_updates_max"] == 5
