@@ -210,7 +210,7 @@ def test_fields_of_others_are_passed_over_and_misspelt_ones_are_not() -> None:
         parse_config(Small, args=["--max_lenght", "5"], others=(SFTConfig,))
     needed = ["--model_name_or_path", "base", "--data", "arden"]
     with pytest.raises(UserError, match=r"unknown field use_peft: did you mean lora_r\?"):
-        parse_config(*STAGES["sft"], args=[*needed, "--use_peft", "true"])
+        parse_config(*STAGES["sft"], defaults=TRAINER_DEFAULTS, args=[*needed, "--use_peft", "x"])
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
