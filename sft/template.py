@@ -72,12 +72,6 @@ def _check_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> None:
     encoded: Any = tokenizer.apply_chat_template(
         chat, return_assistant_tokens_mask=True, return_dict=True
     )
-    text: Any = tokenizer.apply_chat_template(chat, tokenize=False)
-    if text.count("ask") != 2:
-        raise UserError(
-            f"the chat template writes two user turns that say `ask` as {text!r}; write what each "
-            "says, once"
-        )
     asked = render(tokenizer, [chat[:-1]], ask=True)[0]
     ids, mask = encoded["input_ids"], encoded["assistant_masks"]
     runs = [
@@ -100,6 +94,12 @@ def _check_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> None:
         raise UserError(
             f"the chat template's generation marks leave out {end!r} after an answer, so that the "
             f"model would never learn to stop: {_CURE}"
+        )
+    text: Any = tokenizer.apply_chat_template(chat, tokenize=False)
+    if text.count("ask") != 2:
+        raise UserError(
+            f"the chat template writes two user turns that say `ask` as {text!r}; write what each "
+            "says, once"
         )
     unknown: Any = tokenizer.unk_token_id
     said = tokenizer([turn["content"] for turn in chat], add_special_tokens=False)["input_ids"]
