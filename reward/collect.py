@@ -27,7 +27,7 @@ from trl import RewardConfig
 
 import common.reward_gpt  # noqa: F401 - so that Auto classes load our GPT, also as labeller
 from common.artifacts import StageOutput, hash_model, require_kind, require_parent, write_text
-from common.batches import Chat
+from common.batches import Chat, render
 from common.config import config_values, parse_config, run
 from common.errors import UserError
 from common.generation import answered, generate_answers
@@ -273,6 +273,9 @@ def rank_by_model(
 ) -> Dataset:
     """Every two different answers to a prompt, the one that the reward model scores higher chosen.
 
+    Answers beyond its context are left out, and counted: its tokenizer may read a policy's answer
+    as more tokens than were drawn.
+
     Returns:
         rows with `prompt`, `chosen`, `rejected`, `kind` (by_model), `flipped` (False), and
         `margin`, the difference of the two scores.
@@ -281,13 +284,21 @@ def rank_by_model(
         UserError: no prompt has two different answers.
     """
     model: Any = AutoModelForSequenceClassification.from_pretrained(labeller, dtype=torch.float32)
+    tokenizer, context = load_tokenizer(labeller), model.config.max_position_embeddings
     distinct = [different(several) for several in answers]
+    drawn = sum(map(len, distinct))
+    for prompt, several in zip(prompts, distinct, strict=True):
+        read = zip(several, render(tokenizer, [answered(prompt, a) for a in several]), strict=True)
+        several[:] = [answer for answer, ids in read if len(ids) <= context]
+    if left_out := drawn - sum(map(len, distinct)):
+        said = f"{left_out:,} of {drawn:,} different answers do not fit into the labeller's context"
+        print(f"rankings: {said} ({context:,})")
     chats = [
         answered(prompt, answer)
         for prompt, several in zip(prompts, distinct, strict=True)
         for answer in several
     ]
-    scores = iter(score_chats(model.to(device), load_tokenizer(labeller), chats))
+    scores = iter(score_chats(model.to(device), tokenizer, chats))
     rows = []
     for prompt, several in zip(prompts, distinct, strict=True):
         scored = sorted(((next(scores), answer) for answer in several), reverse=True)

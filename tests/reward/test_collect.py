@@ -99,7 +99,8 @@ def test_a_reward_model_ranks_all_pairs(toy: Path) -> None:
 def test_a_labeller_of_a_shorter_context(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Broken once: an IndexError after all was sampled, where positions are learned."""
+    """Broken once: an IndexError after all was sampled, where positions are learned. And by an answer
+    that with its end, or by the labeller's tokenizer, is longer than what was drawn."""
     folder, questions = tmp_path / "short", tmp_path / "asked.jsonl"
     shutil.copytree(toy / "reward", folder)
     asked = ["a?"] * 3 + ["b" * 30 + "?"]
@@ -107,15 +108,20 @@ def test_a_labeller_of_a_shorter_context(
     config = configure(toy, questions, labeller=folder, validation_fraction=0.5)
     task = load_task(str(questions), validation_fraction=0.5)
     prompts = list(task.prompt_rows("train", 9)["prompt"])
-    longest = max(map(len, render(load_tokenizer(folder), prompts, ask=True))) + 4
+    longest, said = max(map(len, render(load_tokenizer(folder), prompts, ask=True))) + 4, ["y", "n"]
 
     def rank(context: int) -> Dataset:
         settings = read_json(folder / "config.json") | {"max_position_embeddings": context}
         write_json(folder / "config.json", settings)
-        return label(config, task, lambda ask: [["yes", "no"] for _ in ask], "train", 9, CPU)
+        return label(config, task, lambda ask: [said for _ in ask], "train", 9, CPU)
 
     assert len(rank(longest)) == len(prompts)
     assert "labeller's context" not in capsys.readouterr().out
+    said.append("yes, " * 9)
+    assert len(rank(longest)) == len(prompts)
+    assert (
+        f"{len(prompts)} of {3 * len(prompts)} different answers do not" in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match=r"no prompt with an answer of max_new_tokens \(4\) fits"):
         rank(4)
 
