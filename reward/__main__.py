@@ -79,6 +79,7 @@ def main() -> None:
             f"chat_template_path ({args.chat_template_path}) is for fine-tuning: the reward model "
             "reads by the template of its parent, so leave it out"
         )
+    opening = answer_opening(tokenizer) if config.answer_logprobs else None
     with args.main_process_first():  # the others then find them, or meet the same error
         collect(config, args, stage.task, folder)
     stops_by = [EVALUATED_ON] if args.eval_strategy != "no" else []
@@ -89,7 +90,7 @@ def main() -> None:
     trainer_class = GroupedRewardTrainer if config.pairs_together else RewardTrainer
     with refusing():
         trainer: Any = trainer_class(
-            model=build_scorer(stage.parent, tokenizer, config.answer_logprobs),
+            model=build_scorer(stage.parent, opening),
             args=args,
             train_dataset=learned(train, config.margins),
             eval_dataset=learned(pairs[EVALUATED_ON], config.margins) if stops_by else None,
@@ -153,23 +154,26 @@ def load_pairs(
     return pairs
 
 
-def build_scorer(
-    parent: Path, tokenizer: PreTrainedTokenizerFast, answer_logprobs: bool
-) -> PreTrainedModel:
-    """The parent with a scalar head, and with its own log-probabilities beside if asked for.
+def answer_opening(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The ids with which the chat template opens an answer.
 
     Raises:
-        UserError: they are asked for and the chat template does not show where an answer begins.
+        UserError: there are none.
     """
-    if answer_logprobs:
-        question = [{"role": "user", "content": "ask"}]
-        asked, opened = (render(tokenizer, [question], ask=ask)[0] for ask in (False, True))
-        if len(opened) == len(asked):
-            raise UserError(
-                "answer_logprobs: the chat template opens an answer by nothing, so that where one "
-                "begins cannot be told: give --answer_logprobs false"
-            )
-        return logprob_scorer(str(parent), opened[len(asked) :])
+    question = [{"role": "user", "content": "ask"}]
+    asked, opened = (render(tokenizer, [question], ask=ask)[0] for ask in (False, True))
+    if len(opened) == len(asked):
+        raise UserError(
+            "answer_logprobs: the chat template opens an answer by nothing, so that where one "
+            "begins cannot be told: give --answer_logprobs false"
+        )
+    return opened[len(asked) :]
+
+
+def build_scorer(parent: Path, opening: list[int] | None) -> PreTrainedModel:
+    """The parent with a scalar head; its own log-probabilities behind `opening` beside, if any."""
+    if opening is not None:
+        return logprob_scorer(str(parent), opening)
     return AutoModelForSequenceClassification.from_pretrained(
         parent, num_labels=1, dtype=torch.float32
     )

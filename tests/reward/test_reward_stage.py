@@ -1,6 +1,7 @@
 """The reward stage on one's own rankings, as it is called: what it refuses, what it leaves be."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from common.config import as_flags
 from common.errors import UserError
 from common.tokenizer import load_tokenizer
-from reward.__main__ import build_scorer, main
+from reward.__main__ import answer_opening, main
 from tests.toy import save_toy
 
 PAIRS = [
@@ -62,13 +63,19 @@ def test_other_rankings_of_a_labeller_are_another_run(
         run(asked, labeller=tmp_path / "mix.yaml")
 
 
-def test_a_template_that_opens_answers_by_nothing(toy: Path) -> None:
-    """Broken once: log-probabilities of the question were in the score, too."""
-    tokenizer = load_tokenizer(toy)
-    build_scorer(toy, tokenizer, answer_logprobs=True)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+def test_a_template_that_opens_answers_by_nothing(
+    run: Callable[..., Any], toy: Path, tmp_path: Path
+) -> None:
+    """Broken once: log-probabilities of the question were in the score, too; then it was said when
+    all answers were sampled and ranked."""
+    assert answer_opening(load_tokenizer(toy)) == [5]
+    shutil.copytree(toy, parent := tmp_path / "parent")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (parent / "chat_template.jinja").write_text(template)
+    data = write(tmp_path / "ranked.jsonl", PAIRS)
     with pytest.raises(UserError, match="the chat template opens an answer by nothing"):
-        build_scorer(toy, tokenizer, answer_logprobs=True)
+        run(data, model_name_or_path=parent, answer_logprobs="true")
+    assert not (tmp_path / "reward").exists()
 
 
 @pytest.mark.parametrize(
