@@ -99,8 +99,9 @@ def test_a_reward_model_ranks_all_pairs(toy: Path) -> None:
 def test_a_labeller_of_a_shorter_context(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Broken once: an IndexError after all was sampled, where positions are learned. And by an answer
-    that with its end, or by the labeller's tokenizer, is longer than what was drawn."""
+    """Broken once: an IndexError after all was sampled, where positions are learned. And by an
+    answer that with its end, or by the labeller's tokenizer, is longer than what was drawn.
+    """
     folder, questions = tmp_path / "short", tmp_path / "asked.jsonl"
     shutil.copytree(toy / "reward", folder)
     asked = ["a?"] * 3 + ["b" * 30 + "?"]
