@@ -7,10 +7,11 @@ The first round is `make reward rlhf`. Each further one, in `out/<profile>/round
 rankings of the newest policy's answers, trains the reward model on with them, and aligns the
 fine-tuned model anew. Anew, not the policy on: each round has the same start and the same distance
 to go, so that the table compares reward models, and what an earlier one was fooled into is undone.
-(Rounds: Bai et al. 2022, arXiv:2204.05862, section 4.5.) Data and labeller are
-those of the first. A killed run goes on where it was.
+(Rounds: Bai et al. 2022, arXiv:2204.05862, section 4.5.) Data, what of it is held out, and labeller
+are those of the first. A killed run goes on where it was.
 """
 
+import shlex
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,10 @@ from common.report import show_columns
 from common.stage import run_stage
 from reward.config import BY_DATA
 
-FIRST_ROUNDS = ("data", "columns", "labeller")
+FIRST_ROUNDS = (
+    *("data", "columns", "plays", "realm_seed", "realm_people", "validation_fraction"),
+    *("skip_faulty_rows", "labeller", "allow_no_go"),
+)
 
 
 @dataclass
@@ -53,13 +57,12 @@ def main() -> None:
     given_by: dict[str, dict[str, Any]] = {}
     for stage in ("reward", "rlhf"):
         on = yaml.safe_load((first / stage / "config.yaml").read_text(encoding="utf-8"))
-        given = on["data"] != "arden" and not on["plays"]
-        if stage == "reward" and on["labeller"] == BY_DATA and given:
+        if stage == "reward" and (given := given_rankings(on)):
             raise UserError(
-                f"{first / stage} learned from rankings that were given ({on['data']}): nobody "
+                f"{first / stage} learned from rankings that were given ({given}): nobody "
                 f"ranks new answers. Have them ranked: make rankings {make_variable(first)} "
-                f'DATA={on["data"]} ARGS="--policy {first}/rlhf --labeller people '
-                f'--rankings {first}/round2/rankings"'
+                f'DATA={shlex.quote(on["data"])} ARGS="--policy {first}/rlhf --labeller people '
+                f'--rankings {first}/round2/answers"'
             )
         if on["evaluate_on"] != config.evaluate_on:
             raise UserError(
@@ -79,6 +82,16 @@ def main() -> None:
             for n, folder in enumerate(folders, start=1)
         }
         print("\n" + show_columns(stage, summaries))
+
+
+def given_rankings(on: dict[str, Any]) -> str:
+    """The file of rankings that a reward model's configuration names, which rank no new answer.
+
+    Empty where Arden's judge, a play or another reward model ranks.
+    """
+    if on["labeller"] == BY_DATA:
+        return "" if on["data"] == "arden" or on["plays"] else on["data"]
+    return "" if (Path(on["labeller"]) / "config.json").exists() else on["labeller"]
 
 
 def train(config: RoundsConfig, stage: str, folder: Path, given: dict[str, Any]) -> None:

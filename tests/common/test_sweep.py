@@ -1,5 +1,6 @@
 """Which commands a sweep and further rounds run; the stages themselves are tested elsewhere."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,8 @@ def test_rounds(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Broken by the first round's policy and reward model in every round; once: rankings that were
-    given trained on again; the profile's data in place of the first round's.
+    given trained on again, as data or as labeller; the profile's data, or another share of it held
+    out, in place of the first round's; a cure that a space in a path took apart.
     """
     monkeypatch.setattr(sys, "argv", ["rounds", "--rounds", "3"])
     with pytest.raises(UserError, match="no finished model in out/arden/sft: run `make all"):
@@ -65,14 +67,23 @@ def test_rounds(
         settings = {"evaluate_on": "dev", "data": "own.jsonl", "labeller": "data"}
         settings["plays"] = False
         write_json(Path("out/arden") / stage / "config.yaml", settings)
-    with pytest.raises(UserError, match=r"given \(own.jsonl\): nobody ranks new answers. Have th"):
-        rounds.main()
+    for name, file in (("data", "my own.jsonl"), ("labeller", "ranked.jsonl")):
+        write_json(Path("out/arden/reward/config.yaml"), settings | {name: file})
+        with pytest.raises(UserError) as refused:
+            rounds.main()
+        said = str(refused.value)
+        assert f"given ({file}): nobody ranks new answers" in said
+        cure = shlex.split(said.split("ranked: ")[1])
+        flags = "--policy out/arden/rlhf --labeller people --rankings out/arden/round2/answers"
+        data = file if name == "data" else "own.jsonl"
+        assert cure == ["make", "rankings", "PROFILE=arden", f"DATA={data}", f"ARGS={flags}"]
     for ranked_by_itself in ({"data": "play.txt", "plays": True}, {"data": "arden"}):
         write_json(Path("out/arden/reward/config.yaml"), settings | ranked_by_itself)
         with pytest.raises(UserError, match="was measured on dev, further rounds would be on test"):
             rounds.main()
+    write_json(Path("judge/config.json"), {})
     settings |= {"data": "own.jsonl", "labeller": "judge", "columns": {"prompt": "q"}}
-    settings["evaluate_on"] = "test"
+    settings |= {"evaluate_on": "test", "validation_fraction": 0.3}
     for stage in ("sft", "reward", "rlhf"):
         write_json(Path("out/arden") / stage / "config.yaml", settings)
     rounds.main()
@@ -84,7 +95,9 @@ def test_rounds(
         ["round3/reward", "round2/reward", "round2/rlhf", ""],
         ["round3/rlhf", "sft", "", "round3/reward"],
     ]
-    assert {(c["--data"], c["--columns"]) for c in commands} == {("own.jsonl", "{'prompt': 'q'}")}
+    names = ("--data", "--columns", "--labeller", "--validation_fraction")
+    taken = [tuple(c[name] for name in names) for c in commands]
+    assert set(taken) == {("own.jsonl", "{'prompt': 'q'}", "judge", "0.3")}
     assert "| gold | 0.000 | 1.000 | 2.000 |" in capsys.readouterr().out
     with pytest.raises(UserError, match="must be 2 or more"):
         rounds.RoundsConfig(rounds=1)
