@@ -24,8 +24,7 @@ from common.data import load_ranked, opening
 from common.errors import UserError
 from common.lengths import LengthReport, measure_lengths, name_row
 from common.rows import Messages
-from common.stage import open_task
-from common.tasks import Task
+from common.tasks import Task, open_task
 from common.tokenizer import load_tokenizer, require_own_tokens
 from reward.collect import label, open_rankings
 from reward.config import BY_PEOPLE, RankingConfig, RewardModelConfig

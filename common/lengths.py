@@ -176,11 +176,11 @@ def measure_lengths(
             field = fields[lengths.index(longest)] if fields else "text"
             field = f'{name_row(dataset, len(row_lengths))}, "{field}"'
         row_lengths.append(max(lengths))
-    unknown: Counter[str] = Counter()
-    if tokenizer.unk_token_id is not None:  # pieces of words leave nothing unknown
-        for place, name, message in _said(dataset):
-            if count := count_unknown(tokenizer, [message["content"]]):
-                unknown[f'{name_row(dataset, place)}, "{name}"'] += count
+    characters, unknown = 0, Counter[str]()
+    for place, name, message in _said(dataset):
+        characters += len(message["content"])
+        if count := count_unknown(tokenizer, [message["content"]]):
+            unknown[f'{name_row(dataset, place)}, "{name}"'] += count
     return LengthReport(
         max_length=max_length,
         row_lengths=row_lengths,
@@ -188,7 +188,7 @@ def measure_lengths(
         tokens_cut=tokens_cut,
         unanswered=unanswered,
         longest_row=field,
-        characters=sum(len(message["content"]) for _, _, message in _said(dataset)),
+        characters=characters,
         unknown=unknown.total(),
         unknown_row=max(unknown, key=lambda row: unknown[row], default=""),
     )

@@ -26,7 +26,7 @@ from common.config import config_values, require
 from common.device import has_bf16
 from common.errors import UserError
 from common.lengths import leave_room
-from common.tasks import HELD_OUT_SHARE, Task, load_task, require_data
+from common.tasks import HELD_OUT_SHARE, Task, open_task, require_data
 
 # TRL's defaults are for large models on GPUs; these are for any size on anything.
 TRAINER_DEFAULTS = {
@@ -122,20 +122,6 @@ class Stage:
     output: StageOutput
     task: Task
     parent: Path
-
-
-def open_task(config: Any) -> Task:
-    """The data that a `DataConfig` names, as every stage after the first reads it."""
-    return load_task(
-        config.data,
-        realm_seed=config.realm_seed,
-        realm_people=config.realm_people,
-        plays=config.plays,
-        columns=config.columns,
-        validation_fraction=config.validation_fraction,
-        skip_faulty_rows=config.skip_faulty_rows,
-        keep=getattr(config, "keep_columns", ()),  # alignment's alone
-    )
 
 
 def open_stage(

@@ -111,6 +111,21 @@ def load_task(
     return FileTask(sources, share, skip, keep)
 
 
+def open_task(config: Any) -> Task:
+    """The data that a stage's configuration names."""
+    return load_task(
+        config.data,
+        realm_seed=config.realm_seed,
+        realm_people=config.realm_people,
+        documents=getattr(config, "documents", 0),  # pretraining's alone
+        plays=config.plays,
+        columns=config.columns,
+        validation_fraction=config.validation_fraction,
+        skip_faulty_rows=config.skip_faulty_rows,
+        keep=getattr(config, "keep_columns", ()),  # alignment's alone
+    )
+
+
 def require_data(data: Any, columns: Any) -> None:
     """Refuse what YAML may hold and is no name, or no mapping of columns.
 

@@ -31,7 +31,7 @@ from common.device import fast_attention
 from common.errors import UserError
 from common.gpt import build_config, build_gpt
 from common.sharded import whole_model
-from common.tasks import Task, load_task
+from common.tasks import Task, open_task
 from common.token_file import TokenFile, write_token_file
 from common.token_shards import SPLITS
 from common.tokenizer import hash_tokenizer, load_tokenizer, model_vocab_size
@@ -44,7 +44,7 @@ from pretrain.train import Windows, train
 def main() -> None:
     """Prepare the text once, train, and leave the artifacts of `common.artifacts`."""
     model_config, config = parse_config(ModelConfig, PretrainConfig)
-    task = load_text(config)
+    task = open_task(config)
     stream = open_stream(task, model_config, config)
     sources = {"data": stream.fingerprint if stream else task.fingerprint()}
     block_size = model_config.block_size
@@ -88,20 +88,6 @@ def main() -> None:
         output.finish(model, tokenizer, summary, write_samples(model, tokenizer, first))
         print(" ".join(f"{name} {value}" for name, value in summary.items()))
     accelerator.end_training()
-
-
-def load_text(config: PretrainConfig) -> Task:
-    """The task that the configuration names."""
-    return load_task(
-        config.data,
-        realm_seed=config.realm_seed,
-        realm_people=config.realm_people,
-        documents=config.documents,
-        plays=config.plays,
-        columns=config.columns,
-        validation_fraction=config.validation_fraction,
-        skip_faulty_rows=config.skip_faulty_rows,
-    )
 
 
 def require_own_tokenizer(parent: Path, config: ModelConfig) -> None:

@@ -32,16 +32,11 @@ from common.config import config_values, parse_config, require, run
 from common.errors import UserError
 from common.gpt import LessonGPT, build_config, build_gpt
 from common.lesson_gpt import LessonBlock
+from common.tasks import open_task
 from common.token_file import TokenFile
 from common.tokenizer import load_tokenizer
 from common.windows import training_starts
-from pretrain.__main__ import (
-    count_parameters,
-    load_text,
-    make_model,
-    prepare_text,
-    require_windows,
-)
+from pretrain.__main__ import count_parameters, make_model, prepare_text, require_windows
 from pretrain.compiling import time_pass
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.lesson_plot import plot_ladder
@@ -286,7 +281,7 @@ def main() -> None:
     require(lesson, 1, "rung_steps")
     if config.shards_dir:
         raise UserError("shards_dir: the lesson reads no stream; leave it out")
-    task = load_text(config)
+    task = open_task(config)
     sources = {"data": task.fingerprint()}
     values = config_values(model_config, config)
     output = StageOutput(config.output_dir, values, sources, config.overwrite)

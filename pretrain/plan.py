@@ -22,8 +22,9 @@ from common.config import parse_config, require, run
 from common.device import fast_attention, has_bf16
 from common.errors import UserError
 from common.gpt import build_gpt
+from common.tasks import open_task
 from common.tokenizer import model_vocab_size
-from pretrain.__main__ import count_parameters, gpt_config, load_text
+from pretrain.__main__ import count_parameters, gpt_config
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.optimizer import build_optimizers
 from pretrain.speed import flops_per_token
@@ -237,7 +238,7 @@ def main() -> None:
         raise UserError("model_name_or_path: what is planned is a blank page; give its sizes")
     vocab_size = model_config.vocab_size
     if model_config.tokenizer != "bpe":  # no more than is in the text, or in the directory
-        task = load_text(config)
+        task = open_task(config)
         texts, documents = task.tokenizer_texts(), task.documents_apart
         vocab_size = model_vocab_size(make_tokenizer(model_config, texts, documents=documents))
     sizes = gpt_config(model_config, vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=2)

@@ -34,8 +34,8 @@ from common.generation import answered, generate_answers
 from common.lengths import leave_room
 from common.rows import assistant
 from common.scoring import score_chats
-from common.stage import TRAINER_DEFAULTS, open_task
-from common.tasks import Task, load_task
+from common.stage import TRAINER_DEFAULTS
+from common.tasks import Task, load_task, open_task
 from common.tokenizer import load_tokenizer
 from reward.config import BY_DATA, BY_PEOPLE, RankingConfig, RewardModelConfig
 

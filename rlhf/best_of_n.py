@@ -29,8 +29,8 @@ from common.artifacts import (
 from common.config import config_values, parse_config, require, run
 from common.errors import UserError
 from common.generation import as_chat
-from common.stage import TRAINER_DEFAULTS, open_task, print_figures
-from common.tasks import Task
+from common.stage import TRAINER_DEFAULTS, print_figures
+from common.tasks import Task, open_task
 from common.tokenizer import load_tokenizer
 from rlhf.align import AlignConfig, load_rewards, measure_as_trained
 from rlhf.chooser import Chooser

@@ -16,7 +16,8 @@ from common.artifacts import StageOutput, write_json
 from common.errors import UserError
 from common.generation import Drawn, as_chat
 from common.rows import assistant
-from common.stage import open_stage, open_task
+from common.stage import open_stage
+from common.tasks import open_task
 from rlhf.__main__ import set_scale
 from rlhf.align import AlignConfig, align_prompts, load_reward
 from rlhf.config import PPOConfig
