@@ -14,6 +14,9 @@ from accelerate.utils import broadcast_object_list
 
 from common.device import can_compile
 
+# On a CPU: kernels called from C++, and tanh by an exponential, which AVX-512 has and tanh not
+# (docs/log.md)
+CPU_OPTIONS: dict[str, Any] = {"cpp_wrapper": True, "cpp.use_decompose_tanh": True}
 WORTH_SECONDS = 120.0  # of training uncompiled: 30 s to compile, a quarter saved
 TIMED_PASSES = 3
 
@@ -47,7 +50,7 @@ def compile_if_worth(
             [seconds] = broadcast_object_list([seconds])
             if seconds < WORTH_SECONDS:
                 return loss_of
-        compiled = torch.compile(loss_of)
+        compiled = torch.compile(loss_of, options=None if on_gpu else CPU_OPTIONS)
         start = time.perf_counter()
         one_pass(compiled)
         accelerator.print(f"pretrain: compiled in {time.perf_counter() - start:.0f} s")
