@@ -36,6 +36,7 @@ README_STEPS = 2000  # of that run
 SMALL = Shape(layers=4, heads=4, hidden=128, block_size=64, batch_size=12)
 LARGE = Shape(layers=6, heads=6, hidden=384, block_size=256, batch_size=16)
 BLOCK, LARGE_BLOCK = 10, 2  # steps over which a speed is taken
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-3}  # as nanoGPT's README run
 EQUAL_TIME_BATCH = 32  # windows a step when there is nanoGPT's time to use
 
 
@@ -140,7 +141,7 @@ def one_round(config: BenchConfig, folder: Path, seed: int) -> dict[str, float |
     common["torch_compile"] = config.torch_compile
 
     def ours(name: str, **fields: Any) -> Run:
-        block = LARGE_BLOCK if name == "10p8m" else BLOCK
+        block = LARGE_BLOCK if name.startswith("10p8m") else BLOCK
         return run_ours(folder / name, common | fields, threads, block)
 
     def theirs(shape: Shape, steps: int, block: int, **fields: int) -> Run | None:
@@ -151,12 +152,19 @@ def one_round(config: BenchConfig, folder: Path, seed: int) -> dict[str, float |
     target = ours("target", max_steps=config.target_steps)
     values |= describe("", "target", target) | {"val_loss_target": target.val_loss}
     small = theirs(SMALL, README_STEPS, BLOCK)
-    values |= compare("0p8m", ours("0p8m", **SMALL.ours(), max_steps=config.small_steps), small)
-    values |= _peak_fractions("0p8m", folder, values, peaks)
     # Too short a run to evaluate in, but for what nanoGPT does before its first step
     large = theirs(LARGE, config.large_steps, LARGE_BLOCK, eval_interval=100_000, eval_iters=1)
-    values |= compare("10p8m", ours("10p8m", **LARGE.ours(), max_steps=config.large_steps), large)
-    values |= _peak_fractions("10p8m", folder, values, peaks)
+    for name, shape, steps, other in (
+        ("0p8m", SMALL, config.small_steps, small),
+        ("10p8m", LARGE, config.large_steps, large),
+    ):
+        fields = shape.ours() | {"max_steps": steps}
+        values |= compare(name, ours(name, **fields, **ADAMW), other)
+        values |= _peak_fractions(name, folder, values, peaks)
+        speed = ours(f"{name}_muon", **fields).tokens_per_second
+        values[f"tokens_per_second_{name}_muon"] = speed
+        if other:
+            values[f"tokens_per_second_ratio_{name}_muon"] = speed / other.tokens_per_second
     reached = target.val_loss <= TARGET
     values["train_seconds_to_1p898"] = target.train_seconds if reached else None
     if small:

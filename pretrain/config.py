@@ -119,9 +119,13 @@ class PretrainConfig:
     max_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "windows a process"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "micro-batches a step"})
+    optimizer: Literal["muon", "adamw"] = field(
+        default="muon",
+        metadata={"help": "muon (matrices; AdamW the rest), or adamw for all, at learning_rate"},
+    )
     learning_rate: float = field(default=0.01, metadata={"help": "AdamW's: tables and vectors"})
     muon_learning_rate: float = field(default=0.02, metadata={"help": "Muon's: matrices"})
-    weight_decay: float = field(default=0.0, metadata={"help": "Muon's"})
+    weight_decay: float = field(default=0.0, metadata={"help": "of the matrices"})
     warmup_steps: int = field(default=10, metadata={"help": "linear warm-up of both"})
     decay_fraction: float = field(
         default=0.7, metadata={"help": "share of the run, at its end, in which rates fall to 0"}

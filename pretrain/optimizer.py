@@ -115,24 +115,29 @@ def build_optimizers(
     model: nn.Module,
     *,
     learning_rate: float,
-    muon_learning_rate: float,
+    muon_learning_rate: float | None,
     weight_decay: float,
     bf16: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """[Muon, AdamW] over all parameters of a causal model; matrices of the blocks go to Muon.
 
-    Embeddings and head are matrices too, but tables, not maps: AdamW, as for the vectors.
+    Embeddings and head are matrices too, but tables, not maps: AdamW, as for the vectors. With no
+    `muon_learning_rate` it is [AdamW], for the matrices as nanoGPT has it.
     """
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     tables |= {id(p) for p in model.get_output_embeddings().parameters()}  # type: ignore[operator]
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in tables]
+    inner = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in inner]
+    if muon_learning_rate is None:
+        decayed = {"params": matrices, "weight_decay": weight_decay}
+        groups = [decayed, {"params": rest, "weight_decay": 0.0}]
+        return [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)]
     turned = {id(m.weight) for m in model.modules() if isinstance(m, Conv1D)}  # GPT-2's
     groups = [
         {"params": [p for p in matrices if (id(p) in turned) is first], "inputs_first": first}
         for first in (False, True)
     ]
-    inner = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inner]
     return [
         Muon(
             [group for group in groups if group["params"]],

@@ -81,6 +81,7 @@ def count(
     micro_batches: int = 1,
     eval_batch_size: int = 1,
     *,
+    optimizer: str = "muon",
     here: bool = False,
 ) -> Counts:
     """Count a model of `build_config`'s, trained in bf16 autocast over float32 weights.
@@ -90,6 +91,7 @@ def count(
         batch_size: windows of block_size tokens in a micro-batch.
         micro_batches: of a step; from the second on the gradients of those before are held.
         eval_batch_size: windows that are evaluated at once.
+        optimizer: "muon" or "adamw", as of `PretrainConfig`.
         here: in this machine's precision, and with the attention that is fast on it.
     """
     bf16 = not here or has_bf16()
@@ -97,25 +99,28 @@ def count(
         model = build_gpt(config)
         if here:
             model.set_attn_implementation(fast_attention(config.max_position_embeddings))
-        muon, adamw = build_optimizers(
-            model, learning_rate=1.0, muon_learning_rate=1.0, weight_decay=0.0, bf16=bf16
+        rate = 1.0 if optimizer == "muon" else None
+        optimizers = build_optimizers(
+            model, learning_rate=1.0, muon_learning_rate=rate, weight_decay=0.0, bf16=bf16
         )
         weight_bytes = sum(p.nbytes for p in model.parameters())
-        step = measure_step(model, [muon, adamw], batch_size, min(micro_batches, 2), bf16=bf16)
+        step = measure_step(model, optimizers, batch_size, min(micro_batches, 2), bf16=bf16)
         return Counts(
             parameters=count_parameters(model),
             flops_per_token=flops_per_token(model),
             weight_bytes=weight_bytes,
             gradient_bytes=weight_bytes,
-            optimizer_bytes=_bytes_of(muon) + 2 * _bytes_of(adamw),  # momentum; both moments
+            optimizer_bytes=sum(_state_bytes(one) for one in optimizers),
             step_bytes=step.peak,
             peak_gradient_bytes=step.gradients,
             evaluation_bytes=measure_evaluation(model, eval_batch_size, bf16=bf16).peak,
         )
 
 
-def _bytes_of(optimizer: torch.optim.Optimizer) -> int:
-    return sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Once it has stepped: of Muon's momentum, AdamW's two moments; not of a count of steps."""
+    states = tree_leaves(list(optimizer.state.values()))
+    return sum(x.nbytes for x in states if torch.is_tensor(x) and x.ndim)
 
 
 def measure_step(
@@ -244,7 +249,8 @@ def main() -> None:
     sizes = gpt_config(model_config, vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     windows, micro_batches = config.per_device_train_batch_size, config.gradient_accumulation_steps
     evaluated = config.per_device_eval_batch_size
-    counts = count(sizes, windows, micro_batches, evaluated, here=machine.here)
+    optimizer, here = config.optimizer, machine.here
+    counts = count(sizes, windows, micro_batches, evaluated, optimizer=optimizer, here=here)
     for name, value in plan(counts, config, sizes.max_position_embeddings, machine).items():
         if name.endswith("bytes") or name == "bytes_per_device":
             print(f"{name.replace('bytes', 'GB'):<18} {value / 1e9:>14,.2f}")

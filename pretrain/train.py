@@ -93,11 +93,11 @@ def train(
     optimizers = build_optimizers(
         model,
         learning_rate=config.learning_rate,
-        muon_learning_rate=config.muon_learning_rate,
+        muon_learning_rate=config.muon_learning_rate if config.optimizer == "muon" else None,
         weight_decay=config.weight_decay,
         bf16=bool(config.bf16),
     )
-    full_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    full_rates = {type(one).__name__: one.param_groups[0]["lr"] for one in optimizers}
     gauge = Gauge(model, config, accelerator, windows.block_size)
     net, *optimizers = accelerator.prepare(model, *optimizers)
     if accelerator.is_fsdp2:  # its checkpoints take each optimizer to have a model of its own
@@ -128,7 +128,7 @@ def train(
     while step < config.max_steps:
         figures: dict[str, float] = {}  # of this step's evaluation, if it has one
         rate = rate_at(step, config)
-        for optimizer, full in zip(optimizers, full_rates, strict=True):
+        for optimizer, full in zip(optimizers, full_rates.values(), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = full * rate
         batches = micro_batches(train_file, windows, step, config, accelerator)
@@ -136,7 +136,7 @@ def train(
             values = train_step(net, loss_of, optimizers, batches, config, accelerator)
         except FloatingPointError as error:
             where = describe_step(train_file, windows, step, config, accelerator)
-            rates = [full * rate for full in full_rates]
+            rates = {name: full * rate for name, full in full_rates.items()}
             raise UserError(describe_failure(error, step + 1, rates, where)) from error
         step += 1
         progress.update()
@@ -276,11 +276,11 @@ def describe_step(
     return "; ".join(said)
 
 
-def describe_failure(error: Exception, step: int, rates: list[float], where: str) -> str:
+def describe_failure(error: Exception, step: int, rates: dict[str, float], where: str) -> str:
     """What to tell of a step that is not finite, counted from 1, and what to do about it."""
-    shown = ", ".join(f"{rate:.3g}" for rate in rates)
+    shown = ", ".join(f"{rate:.3g} ({name}'s)" for name, rate in rates.items())
     return (
-        f"{error} at step {step} with learning rates {shown} (Muon's, AdamW's), on {where}: the "
+        f"{error} at step {step} with learning rates {shown}, on {where}: the "
         "weights are untouched and the last checkpoint stands; look at these (counted from 0, "
         "docs/pretrain.md), or train anew with lower rates and --overwrite true"
     )

@@ -139,6 +139,8 @@ def known_round(monkeypatch: pytest.MonkeyPatch, target_loss: float) -> dict[str
     # 204,800 tokens in 10 s, so 80 s are 1,638,400: 800 steps of 32 windows of 64
     assert asked["equal_time"]["max_steps"] == 800
     assert {fields["seed"] for fields in asked.values()} == {4}
+    adamw = {name for name, fields in asked.items() if fields.get("optimizer") == "adamw"}
+    assert adamw == {"0p8m", "10p8m"}
     return values
 
 
@@ -148,6 +150,7 @@ def test_round_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values["train_time_ratio_to_1p898"] == 10 / 80
     assert values["wall_time_ratio_to_1p898"] == 20 / 100
     assert values["tokens_per_second_ratio_0p8m"] == values["tokens_per_second_ratio_10p8m"] == 4
+    assert values["tokens_per_second_ratio_0p8m_muon"] == 4
     assert values["val_loss_at_equal_time"] == 1.5
     assert values["train_time_ratio_at_equal_time"] == 1.1
     assert values["bf16_peak_fraction_0p8m"] == pytest.approx(2000 * 1e5 / 1e9)
@@ -161,7 +164,7 @@ def test_every_figure_is_defined(monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "pretrain.md").read_text(encoding="utf-8")
     defined = set(re.findall(r"`([\w/<>]+)`", page.split("## What the bench writes")[1]))
     for name in known_round(monkeypatch, target_loss=1.89):
-        plain = re.sub(r"_(0p8m|10p8m|target)$", "_<run>", name).removeprefix("nanogpt_")
+        plain = re.sub(r"_(0p8m|10p8m|target)(?=$|_muon$)", "_<run>", name).removeprefix("nanogpt_")
         assert {name, plain} & defined, name
 
 

@@ -75,6 +75,7 @@ def test_two_processes_share_the_work_of_one(tmp_path: Path, sharded: bool) -> N
 
 
 def test_tables_and_vectors_go_to_adamw() -> None:
+    """Matrices, too, where there is no Muon; they alone decay. Seen to fail with all decayed."""
     for tied in (True, False):
         model = build_gpt(
             build_config(
@@ -96,3 +97,9 @@ def test_tables_and_vectors_go_to_adamw() -> None:
         assert len(muon.param_groups[0]["params"]) == 7  # q, k, v, o, gate, up, down
         both = muon.param_groups[0]["params"] + adamw.param_groups[0]["params"]
         assert {id(p) for p in both} == {id(p) for p in model.parameters()}
+        (alone,) = build_optimizers(
+            model, learning_rate=1e-2, muon_learning_rate=None, weight_decay=0.5
+        )
+        for one, group, decay in zip((muon, adamw), alone.param_groups, (0.5, 0.0), strict=True):
+            assert [*map(id, group["params"])] == [*map(id, one.param_groups[0]["params"])]
+            assert (group["lr"], group["weight_decay"]) == (1e-2, decay)

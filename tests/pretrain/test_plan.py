@@ -127,22 +127,24 @@ def test_memory_of_an_evaluation(shape: Any, tmp_path: Path) -> None:
     assert counts.evaluation_bytes == pytest.approx(peak_of(profiler), rel=0.1)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("shape", ["lesson", "modern"])
-def test_optimizer_states_are_those_after_a_step(shape: Any) -> None:
-    """Seen to fail with one moment of AdamW's instead of two."""
+def test_optimizer_states_are_those_after_a_step(shape: Any, optimizer: str) -> None:
+    """Seen to fail with one moment of AdamW's instead of two, and with Muon for AdamW."""
     config = build_config(shape, **SMALL)
     model = build_gpt(config)
     ids = torch.zeros(1, 8, dtype=torch.long)
     token_loss(model, ids, ids).backward()
+    muon_rate = 0.1 if optimizer == "muon" else None
     optimizers = build_optimizers(
-        model, learning_rate=0.1, muon_learning_rate=0.1, weight_decay=0.0
+        model, learning_rate=0.1, muon_learning_rate=muon_rate, weight_decay=0.0
     )
     held = 0
-    for optimizer in optimizers:
-        optimizer.step()
-        for state in optimizer.state.values():
+    for one in optimizers:
+        one.step()
+        for state in one.state.values():
             held += sum(t.nbytes for t in state.values() if torch.is_tensor(t) and t.ndim)
-    counts = count(config, 1)
+    counts = count(config, 1, optimizer=optimizer)
     assert counts.optimizer_bytes == held
     assert counts.gradient_bytes == sum(p.grad.nbytes for p in model.parameters())
 

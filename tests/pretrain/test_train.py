@@ -76,13 +76,22 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(tmp_path: Path, 
     with pytest.raises(UserError) as stop:
         train(model, file, file, config, accelerator)
     message = str(stop.value)
-    assert "at step 5 with learning rates 0.02, 0.01 (Muon's, AdamW's), on documents " in message
+    assert "at step 5 with learning rates 0.02 (Muon's), 0.01 (AdamW's), on documents " in message
     assert describe_step(file, Windows.of(model), 4, config, accelerator) in message
     assert "\n" not in message
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert checkpoint.name == "step-4"
     saved = load_file(checkpoint / "model.safetensors")
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in saved.items())
+
+
+def test_one_optimizer_trains_all(toy: Toy) -> None:
+    """And is the one that a failure names. Seen to fail with Muon beside it whatever is asked."""
+    model, file, config = toy
+    with pytest.raises(UserError, match=r"with learning rates 1e\+30 \(AdamW's\), on documents "):
+        train(
+            model, file, file, replace(config, optimizer="adamw", learning_rate=1e30), Accelerator()
+        )
 
 
 def test_a_failure_names_tokens_where_they_lie(
