@@ -224,6 +224,21 @@ def test_sdpa_and_explicit_attention_agree(shape: str) -> None:
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 12))
 
 
+def test_angles_are_one_operator_to_the_compiler() -> None:
+    """Of any length. Seen to fail without it: each number had its cosine computed, many times."""
+    model, graphs = build("modern"), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for ids in (tokens(2, 8), tokens(2, 12)):
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+    assert [sum("rotary_angles" in name for name in names) for names in graphs] == [1]
+    assert not {"cos", "sin"} & set(graphs[0])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_logit_depends_on_later_tokens(shape: str) -> None:
     model = build(shape)
