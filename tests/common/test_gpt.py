@@ -26,6 +26,7 @@ from common.gpt import (
     GPTForSequenceClassification,
     LessonGPT,
     LessonGPTForSequenceClassification,
+    RMSNorm,
     build_config,
     build_gpt,
 )
@@ -222,6 +223,29 @@ def test_sdpa_and_explicit_attention_agree(shape: str) -> None:
     for weights in explicit.attentions:  # (B, heads, T, T)
         assert weights.triu(1).abs().max() == 0
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 12))
+
+
+@pytest.mark.parametrize("width", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 32), (3, 5, 2, 16)])
+def test_norm_by_hand_is_pytorchs(shape: tuple[int, ...], width: torch.dtype) -> None:
+    """Forward to the bit, so that where gradients are on changes no number; the gradient to
+    rounding. Seen to fail without the mean that is taken off, and with a weight's gradient of x."""
+    torch.manual_seed(0)
+    norm = RMSNorm(shape[-1], 1e-6)
+    norm.weight.data = torch.randn(shape[-1])
+    x = torch.randn(shape).to(width).requires_grad_()
+    y = norm(x)
+    assert "NormByHand" in y.grad_fn.name()
+    with torch.no_grad():
+        assert torch.equal(norm(x), y)
+    gradient = torch.randn(shape).to(width)
+    theirs = torch.nn.functional.rms_norm(x, norm.weight.shape, norm.weight, 1e-6)
+    wanted = torch.autograd.grad(theirs, (x, norm.weight), gradient)
+    found = torch.autograd.grad(y, (x, norm.weight), gradient)
+    for ours, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(
+            ours, other, rtol=2e-2 if width == torch.bfloat16 else 1e-5, atol=1e-5
+        )
 
 
 def test_angles_are_one_operator_to_the_compiler() -> None:
