@@ -64,7 +64,7 @@ def main() -> None:
     if stage.output.says_finished():
         return
     tokenizer = load_tokenizer(stage.parent)
-    batch_size, device = args.per_device_train_batch_size, args.device
+    batch_size, device = args.reading_batch_size, args.device
     rewards = load_rewards(config, stage.task, stage.parent, tokenizer, batch_size, device)
     weights = weigh(config.reward_names, args.reward_weights)
     policy = AutoModelForCausalLM.from_pretrained(stage.parent, dtype=torch.float32).to(device)

@@ -72,9 +72,9 @@ class ActorCriticTrainer(RLOOTrainer):
         first_row = check_inputs(path, args, train_dataset, tokenizer)
         funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         suffix = turn_suffix(tokenizer) if is_conversational(first_row) else []
-        batch_size = args.per_device_train_batch_size
         scorers: list[Any] = [
-            as_function(func, tokenizer, suffix, batch_size, args.device) for func in funcs
+            as_function(func, tokenizer, suffix, args.reading_batch_size, args.device)
+            for func in funcs
         ]
         super().__init__(
             model=model,

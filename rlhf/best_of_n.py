@@ -111,7 +111,7 @@ def main() -> None:
     folder, manifest = Path(args.output_dir), identify(best_of, config, args, parent, task)
     found = rows_to_keep(folder, manifest, best_of.n, config.overwrite)
     tokenizer = load_tokenizer(parent)
-    batch_size, device = args.per_device_train_batch_size, args.device
+    batch_size, device = args.reading_batch_size, args.device
     rewards = load_rewards(config, task, parent, tokenizer, batch_size, device)
     rows = list(measured_rows(task, parent, tokenizer, config))
     weights = weigh(config.reward_names, args.reward_weights)

@@ -29,6 +29,13 @@ class PPOConfig(RLOOConfig):
         default=4, metadata={"help": "Optimizer steps per pass over one rollout."}
     )
     num_ppo_epochs: int = field(default=1, metadata={"help": "Passes over one rollout."})
+    rollout_forward_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions that a process reads and scores at once, without gradients; "
+            "unset: per_device_train_batch_size. More are faster, and their logits take memory."
+        },
+    )
     clip_range: float = field(default=0.2, metadata={"help": "Clip of the probability ratio."})
     clip_range_value: float = field(
         default=0.2, metadata={"help": "How far a value may move from the rollout's; 0 = no clip."}
@@ -152,6 +159,11 @@ class PPOConfig(RLOOConfig):
         """Forward and backward passes taken on one rollout, by each process."""
         return self.steps_per_update * self.gradient_accumulation_steps
 
+    @property
+    def reading_batch_size(self) -> int:
+        """Completions that a process reads or scores at once, without gradients."""
+        return self.rollout_forward_batch_size or self.per_device_train_batch_size
+
     def scale_scores(self, mean: float, std: float | None) -> None:
         """Take the starting policy's mean score and deviation (or none); what was given stays.
 
@@ -169,8 +181,8 @@ class PPOConfig(RLOOConfig):
         """Refuse what PPO cannot honour."""
         require(self, 1, "num_mini_batches", "num_ppo_epochs", "num_generations", "kl_horizon")
         require(self, 1, "ptx_windows", "max_completion_length")
-        rates = "critic_learning_rate", "dpo_learning_rate"
-        optional = ("score_std", "num_updates", "kl_budget", "target_kl", *rates)
+        others = "critic_learning_rate", "dpo_learning_rate", "rollout_forward_batch_size"
+        optional = ("score_std", "num_updates", "kl_budget", "target_kl", *others)
         given = [name for name in optional if getattr(self, name) is not None]
         require(self, 0, "temperature", "clip_range", *given, above=True)
         require(self, 0, "vf_coef", "clip_range_value", "missing_eos_penalty", "beta", "ptx_coef")

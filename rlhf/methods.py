@@ -179,7 +179,7 @@ def build_trainer(method: str, rewards: list[Any], args: PPOConfig, **rest: Any)
         return build_dpo(rewards, args, **rest)
     tokenizer = rest["processing_class"]
     weights = [w / args.score_scale[1] for w in weigh(rewards, args.reward_weights)]
-    batch_size, device = args.per_device_train_batch_size, args.device
+    batch_size, device = args.reading_batch_size, args.device
     conversational = is_conversational(rest["train_dataset"][0])
     suffix = turn_suffix(tokenizer) if conversational else []
     functions = [as_function(f, tokenizer, suffix, batch_size, device) for f in rewards]
@@ -202,7 +202,7 @@ def build_dpo(rewards: list[Any], args: PPOConfig, train_dataset: Dataset, **res
     chooser = Chooser(
         policy.to(args.device),
         tokenizer,
-        make_scorer(rewards, weights, tokenizer, args.per_device_train_batch_size, args.device),
+        make_scorer(rewards, weights, tokenizer, args.reading_batch_size, args.device),
         several_generations(args),
         int(args.max_completion_length or 0),
     )

@@ -89,3 +89,22 @@ def plan_micro_batches(
         rows = rows[lengths[rows].argsort(descending=True, stable=True)]
         plan.append(list(rows.split(micro_batch_size)))
     return plan
+
+
+def plan_reading(lengths: Tensor, plan: list[list[Tensor]], batch_size: int) -> list[Tensor]:
+    """The batches in which a rollout is read, without gradients, before it is trained on.
+
+    The first mini-batch as it will be trained on, so that its ratio is exactly 1; the others
+    together, by length, `batch_size` rows at a time.
+
+    Args:
+        lengths: (B,) long, tokens of each sample.
+        plan: of the first epoch, as of `plan_micro_batches`.
+        batch_size: samples a forward pass.
+    """
+    first, *others = plan
+    if not others:
+        return first
+    rows = torch.cat([rows for mini_batch in others for rows in mini_batch])
+    rows = rows[lengths[rows].argsort(descending=True, stable=True)]
+    return [*first, *rows.split(batch_size)]

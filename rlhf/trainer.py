@@ -31,7 +31,7 @@ from rlhf.invariants import check_same_policy, check_score_position
 from rlhf.loss import policy_loss, policy_stats, value_loss
 from rlhf.prompts import EpochSampler, epoch_sampler
 from rlhf.rewards import find_scorable
-from rlhf.rollout import Rollout, join, plan_micro_batches
+from rlhf.rollout import Rollout, join, plan_micro_batches, plan_reading
 
 
 @dataclass
@@ -108,7 +108,7 @@ class PPOTrainer(ActorCriticTrainer):
             prompt_ids, completion_ids, self._tokenizer.pad_token_id, self.accelerator.device
         )
         plan = self._plan(rollout)
-        for rows in (rows for mini_batch in plan for rows in mini_batch):
+        for rows in plan_reading(rollout.lengths, plan, self.args.reading_batch_size):
             self._forward(rollout, rows)
         columns = [{**x, "prompt_ids": ids} for x, ids in zip(inputs, prompt_ids, strict=True)]
         rewards = self._calculate_rewards(columns, prompts, completions, completion_ids)

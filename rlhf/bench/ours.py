@@ -53,6 +53,7 @@ def build(folder: Path, name: str, problem: Problem, graph_decoding: bool = Fals
         num_ppo_epochs=problem.passes,
         num_mini_batches=problem.mini_batches,
         per_device_train_batch_size=problem.micro_batch,
+        rollout_forward_batch_size=64,  # what TRL 1.12's is unless set
         gradient_accumulation_steps=problem.accumulation,
         max_completion_length=problem.completion_tokens,
         learning_rate=problem.learning_rate,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf.loss import policy_loss, value_loss
-from rlhf.rollout import Rollout, join, plan_micro_batches
+from rlhf.rollout import Rollout, join, plan_micro_batches, plan_reading
 from rlhf.trainer import MicroBatch, PPOTrainer
 
 
@@ -77,6 +77,20 @@ def test_plan_uses_each_sample_once_and_sorts_inside_mini_batches() -> None:
     assert lengths[torch.cat(plan[0])].min() < lengths[torch.cat(plan[1])].max()
     again = plan_micro_batches(lengths, 3, 4)
     assert torch.cat(again[0]).tolist() != torch.cat(plan[0]).tolist()
+
+
+def test_plan_reads_the_first_mini_batch_as_it_is_trained_on() -> None:
+    """And each sample once. Seen to fail with the others unsorted, and with all read together."""
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 50, (24,))
+    plan = plan_micro_batches(lengths, num_mini_batches=3, micro_batch_size=4)
+    reading = plan_reading(lengths, plan, batch_size=10)
+    assert [len(rows) for rows in reading] == [4, 4, 10, 6]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(reading, plan[0], strict=False))
+    assert sorted(torch.cat(reading).tolist()) == list(range(24))
+    others = lengths[torch.cat(reading[2:])].tolist()
+    assert others == sorted(others, reverse=True)
+    assert plan_reading(lengths, plan[:1], batch_size=10) == plan[0]
 
 
 def test_any_split_gives_the_same_gradient(trained: tuple[PPOTrainer, Rollout]) -> None:
