@@ -14,8 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from common.device import can_compile
 
-# On a CPU: kernels called from C++, and tanh by an exponential, which AVX-512 has and tanh not
-# (docs/log.md)
+# On a CPU: kernels called from C++; tanh by way of an exponential, which is cheaper (docs/log.md)
 CPU_OPTIONS: dict[str, Any] = {"cpp_wrapper": True, "cpp.use_decompose_tanh": True}
 WORTH_SECONDS = 120.0  # of training uncompiled: 30 s to compile, a quarter saved
 TIMED_PASSES = 3
