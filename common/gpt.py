@@ -72,7 +72,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., size)."""
-        if x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        by_hand = x.is_cpu and x.dtype != torch.float64 and torch.is_grad_enabled()
+        if by_hand and not torch.compiler.is_compiling():
             return NormByHand.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
@@ -81,7 +82,7 @@ class NormByHand(torch.autograd.Function):
     """`F.rms_norm`, to the bit, with its gradient in one go.
 
     PyTorch has a kernel for it on GPUs; on a CPU it goes back through each operation, which takes
-    twice as long: a tenth of a step where the model is small (docs/log.md).
+    nearly twice as long, forward included (docs/log.md). A second derivative is an error.
     """
 
     @staticmethod
@@ -94,13 +95,16 @@ class NormByHand(torch.autograd.Function):
         return (normal * weight).type_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         """Of x (g - n mean(g n)) * scale, where g is the gradient of n; of the weight its sum."""
         normal, scale, weight = ctx.saved_tensors
         gradient = gradients[0].float()
         inner = gradient * weight
         along = (inner * normal).mean(-1, keepdim=True)
-        of_weight = (gradient * normal).flatten(0, -2).sum(0)
+        of_weight = None  # of a frozen one
+        if ctx.needs_input_grad[1]:
+            of_weight = (gradient * normal).flatten(0, -2).sum(0)
         return inner.addcmul_(normal, along, value=-1).mul_(scale), of_weight, None
 
 
@@ -124,7 +128,8 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Te
 @rotary_angles.register_fake
 def _(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """What the compiler must know: the sizes."""
-    angles = torch.empty(*position_ids.shape, 1, head_dim, device=position_ids.device)
+    sizes = *position_ids.shape, 1, head_dim
+    angles = torch.empty(sizes, dtype=torch.float32, device=position_ids.device)
     return angles, torch.empty_like(angles)
 
 

@@ -36,7 +36,7 @@ README_STEPS = 2000  # of that run
 SMALL = Shape(layers=4, heads=4, hidden=128, block_size=64, batch_size=12)
 LARGE = Shape(layers=6, heads=6, hidden=384, block_size=256, batch_size=16)
 BLOCK, LARGE_BLOCK = 10, 2  # steps over which a speed is taken
-ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-3}  # as nanoGPT's README run
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-3}  # nanoGPT's README run's
 EQUAL_TIME_BATCH = 32  # windows a step when there is nanoGPT's time to use
 
 
@@ -149,22 +149,23 @@ def one_round(config: BenchConfig, folder: Path, seed: int) -> dict[str, float |
             return None
         return run_nanogpt(folder / "nanogpt", shape, steps, threads, block, **fields)
 
+    def both(name: str, shape: Shape, steps: int, other: Run | None) -> dict[str, float]:
+        fields = shape.ours() | {"max_steps": steps}
+        found = compare(name, ours(name, **fields, **ADAMW), other)
+        found |= _peak_fractions(name, folder, found, peaks)
+        speed = ours(f"{name}_muon", **fields).tokens_per_second
+        found[f"tokens_per_second_{name}_muon"] = speed
+        if other:
+            found[f"tokens_per_second_ratio_{name}_muon"] = speed / other.tokens_per_second
+        return found
+
     target = ours("target", max_steps=config.target_steps)
     values |= describe("", "target", target) | {"val_loss_target": target.val_loss}
     small = theirs(SMALL, README_STEPS, BLOCK)
+    values |= both("0p8m", SMALL, config.small_steps, small)
     # Too short a run to evaluate in, but for what nanoGPT does before its first step
     large = theirs(LARGE, config.large_steps, LARGE_BLOCK, eval_interval=100_000, eval_iters=1)
-    for name, shape, steps, other in (
-        ("0p8m", SMALL, config.small_steps, small),
-        ("10p8m", LARGE, config.large_steps, large),
-    ):
-        fields = shape.ours() | {"max_steps": steps}
-        values |= compare(name, ours(name, **fields, **ADAMW), other)
-        values |= _peak_fractions(name, folder, values, peaks)
-        speed = ours(f"{name}_muon", **fields).tokens_per_second
-        values[f"tokens_per_second_{name}_muon"] = speed
-        if other:
-            values[f"tokens_per_second_ratio_{name}_muon"] = speed / other.tokens_per_second
+    values |= both("10p8m", LARGE, config.large_steps, large)
     reached = target.val_loss <= TARGET
     values["train_seconds_to_1p898"] = target.train_seconds if reached else None
     if small:

@@ -42,14 +42,14 @@ def compile_if_worth(
     if not can_compile():
         accelerator.print("pretrain: no C++ compiler with Python.h here, so uncompiled and slower")
         return loss_of
-    on_gpu = accelerator.device.type == "cuda"
+    on_cpu, on_gpu = (accelerator.device.type == kind for kind in ("cpu", "cuda"))
     with torch.random.fork_rng([accelerator.device] if on_gpu else []):  # dropout's dice
         if wanted is None:
             seconds = time_pass(loss_of, one_pass, on_gpu) * passes
             [seconds] = broadcast_object_list([seconds])
             if seconds < WORTH_SECONDS:
                 return loss_of
-        compiled = torch.compile(loss_of, options=None if on_gpu else CPU_OPTIONS)
+        compiled = torch.compile(loss_of, options=CPU_OPTIONS if on_cpu else None)
         start = time.perf_counter()
         one_pass(compiled)
         accelerator.print(f"pretrain: compiled in {time.perf_counter() - start:.0f} s")

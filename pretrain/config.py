@@ -123,10 +123,12 @@ class PretrainConfig:
         default="muon",
         metadata={"help": "muon (matrices; AdamW the rest), or adamw for all, at learning_rate"},
     )
-    learning_rate: float = field(default=0.01, metadata={"help": "AdamW's: tables and vectors"})
+    learning_rate: float = field(
+        default=0.01, metadata={"help": "AdamW's: tables and vectors; if it has all, some 1e-3"}
+    )
     muon_learning_rate: float = field(default=0.02, metadata={"help": "Muon's: matrices"})
     weight_decay: float = field(default=0.0, metadata={"help": "of the matrices"})
-    warmup_steps: int = field(default=10, metadata={"help": "linear warm-up of both"})
+    warmup_steps: int = field(default=10, metadata={"help": "linear warm-up"})
     decay_fraction: float = field(
         default=0.7, metadata={"help": "share of the run, at its end, in which rates fall to 0"}
     )

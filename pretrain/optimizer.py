@@ -1,4 +1,4 @@
-"""Optimizers of pretraining: Muon for the matrices inside the blocks, AdamW for the rest.
+"""Optimizers of pretraining: Muon for the matrices inside the blocks, AdamW for the rest, or all.
 
 Muon (https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest
 orthogonal matrix, found by Newton-Schulz steps. torch has it as `torch.optim.Muon`; ours is
@@ -122,7 +122,7 @@ def build_optimizers(
     """[Muon, AdamW] over all parameters of a causal model; matrices of the blocks go to Muon.
 
     Embeddings and head are matrices too, but tables, not maps: AdamW, as for the vectors. With no
-    `muon_learning_rate` it is [AdamW], for the matrices as nanoGPT has it.
+    `muon_learning_rate` it is [AdamW], and the matrices alone decay.
     """
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     tables |= {id(p) for p in model.get_output_embeddings().parameters()}  # type: ignore[operator]

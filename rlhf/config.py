@@ -32,8 +32,8 @@ class PPOConfig(RLOOConfig):
     rollout_forward_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Completions that a process reads and scores at once, without gradients; "
-            "unset: per_device_train_batch_size. More are faster, and their logits take memory."
+            "help": "Completions that a process reads (but for the first mini-batch) and scores at "
+            "once; unset: per_device_train_batch_size. More are faster; their logits take memory."
         },
     )
     clip_range: float = field(default=0.2, metadata={"help": "Clip of the probability ratio."})

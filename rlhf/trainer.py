@@ -120,7 +120,7 @@ class PPOTrainer(ActorCriticTrainer):
         return rollout, plan
 
     def _forward(self, rollout: Rollout, rows: Tensor) -> None:
-        """Fill in a micro-batch's log-probabilities, entropy, values and reference."""
+        """Fill in some rows' log-probabilities, entropy, values and reference."""
         part = rollout.select(rows)
         where = part.input_ids, part.prompt_lengths, part.completion_mask
         with self.accelerator.autocast():

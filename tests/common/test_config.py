@@ -116,6 +116,11 @@ def test_bad_configuration_is_one_line(
         ("rlhf", "--temperature 0", "temperature (0.0) must be above 0"),
         ("rlhf", "--max_completion_length 0", "max_completion_length (0) must be 1 or more"),
         ("rlhf", "--critic_learning_rate -1", "critic_learning_rate (-1.0) must be above 0"),
+        (
+            "rlhf",
+            "--rollout_forward_batch_size 0",
+            "rollout_forward_batch_size (0) must be above 0",
+        ),
         ("rlhf", "--beta -1", "beta (-1.0) must be 0 or more"),
         ("rlhf", "--eval_prompts 0", "eval_prompts (0) must be 1 or more"),
         ("pretrain", "--save_steps 0", "save_steps (0) must be 1 or more"),

@@ -238,10 +238,12 @@ def test_norm_by_hand_is_pytorchs(shape: tuple[int, ...], width: torch.dtype) ->
     assert "NormByHand" in y.grad_fn.name()
     with torch.no_grad():
         assert torch.equal(norm(x), y)
-    gradient = torch.randn(shape).to(width)
+    gradient = torch.randn(shape).to(width).requires_grad_()
     theirs = torch.nn.functional.rms_norm(x, norm.weight.shape, norm.weight, 1e-6)
     wanted = torch.autograd.grad(theirs, (x, norm.weight), gradient)
-    found = torch.autograd.grad(y, (x, norm.weight), gradient)
+    found = torch.autograd.grad(y, (x, norm.weight), gradient, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        found[0].sum().backward(retain_graph=True)
     for ours, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(
             ours, other, rtol=2e-2 if width == torch.bfloat16 else 1e-5, atol=1e-5

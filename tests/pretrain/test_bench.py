@@ -121,6 +121,7 @@ def known_round(monkeypatch: pytest.MonkeyPatch, target_loss: float) -> dict[str
 
     def ours(output: Path, fields: dict, threads: int, block: int) -> Run:
         asked[output.name] = fields
+        assert block == (2 if "10p8m" in output.name else 10)
         seconds = {"target": 10.0, "equal_time": 88.0}.get(output.name, 5.0)
         loss = {"target": target_loss, "equal_time": 1.5}.get(output.name, 2.0)
         return Run(seconds, 204_800, 2000.0, loss, 2 * seconds, 0.5, 1.0)
