@@ -115,21 +115,22 @@ def build_optimizers(
     model: nn.Module,
     *,
     learning_rate: float,
-    muon_learning_rate: float | None,
+    muon_learning_rate: float,
     weight_decay: float,
     bf16: bool = False,
+    optimizer: str = "muon",
 ) -> list[torch.optim.Optimizer]:
     """[Muon, AdamW] over all parameters of a causal model; matrices of the blocks go to Muon.
 
-    Embeddings and head are matrices too, but tables, not maps: AdamW, as for the vectors. With no
-    `muon_learning_rate` it is [AdamW], and the matrices alone decay.
+    Embeddings and head are matrices too, but tables, not maps: AdamW, as for the vectors. Where
+    `optimizer` is "adamw" it is [AdamW], and the matrices alone decay.
     """
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     tables |= {id(p) for p in model.get_output_embeddings().parameters()}  # type: ignore[operator]
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in tables]
     inner = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in inner]
-    if muon_learning_rate is None:
+    if optimizer == "adamw":
         decayed = {"params": matrices, "weight_decay": weight_decay}
         groups = [decayed, {"params": rest, "weight_decay": 0.0}]
         return [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)]

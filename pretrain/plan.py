@@ -99,9 +99,13 @@ def count(
         model = build_gpt(config)
         if here:
             model.set_attn_implementation(fast_attention(config.max_position_embeddings))
-        rate = 1.0 if optimizer == "muon" else None
         optimizers = build_optimizers(
-            model, learning_rate=1.0, muon_learning_rate=rate, weight_decay=0.0, bf16=bf16
+            model,
+            learning_rate=1.0,
+            muon_learning_rate=1.0,
+            weight_decay=0.0,
+            bf16=bf16,
+            optimizer=optimizer,
         )
         weight_bytes = sum(p.nbytes for p in model.parameters())
         step = measure_step(model, optimizers, batch_size, min(micro_batches, 2), bf16=bf16)

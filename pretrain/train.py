@@ -93,9 +93,10 @@ def train(
     optimizers = build_optimizers(
         model,
         learning_rate=config.learning_rate,
-        muon_learning_rate=config.muon_learning_rate if config.optimizer == "muon" else None,
+        muon_learning_rate=config.muon_learning_rate,
         weight_decay=config.weight_decay,
         bf16=bool(config.bf16),
+        optimizer=config.optimizer,
     )
     full_rates = {type(one).__name__: one.param_groups[0]["lr"] for one in optimizers}
     gauge = Gauge(model, config, accelerator, windows.block_size)

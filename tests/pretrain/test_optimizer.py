@@ -98,7 +98,11 @@ def test_tables_and_vectors_go_to_adamw() -> None:
         both = muon.param_groups[0]["params"] + adamw.param_groups[0]["params"]
         assert {id(p) for p in both} == {id(p) for p in model.parameters()}
         (alone,) = build_optimizers(
-            model, learning_rate=1e-2, muon_learning_rate=None, weight_decay=0.5
+            model,
+            learning_rate=1e-2,
+            muon_learning_rate=2e-2,
+            weight_decay=0.5,
+            optimizer="adamw",
         )
         for one, group, decay in zip((muon, adamw), alone.param_groups, (0.5, 0.0), strict=True):
             assert [*map(id, group["params"])] == [*map(id, one.param_groups[0]["params"])]

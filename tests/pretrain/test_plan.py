@@ -135,10 +135,8 @@ def test_optimizer_states_are_those_after_a_step(shape: Any, optimizer: str) -> 
     model = build_gpt(config)
     ids = torch.zeros(1, 8, dtype=torch.long)
     token_loss(model, ids, ids).backward()
-    muon_rate = 0.1 if optimizer == "muon" else None
-    optimizers = build_optimizers(
-        model, learning_rate=0.1, muon_learning_rate=muon_rate, weight_decay=0.0
-    )
+    rates = {"learning_rate": 0.1, "muon_learning_rate": 0.1}
+    optimizers = build_optimizers(model, **rates, weight_decay=0.0, optimizer=optimizer)
     held = 0
     for one in optimizers:
         one.step()
