@@ -86,7 +86,7 @@ def plan_micro_batches(
     order = torch.randperm(len(lengths)).to(lengths.device)
     plan = []
     for rows in order.chunk(num_mini_batches):
-        rows = rows[lengths[rows].argsort(descending=True, stable=True)]
+        rows = longest_first(rows, lengths)
         plan.append(list(rows.split(micro_batch_size)))
     return plan
 
@@ -106,5 +106,10 @@ def plan_reading(lengths: Tensor, plan: list[list[Tensor]], batch_size: int) -> 
     if not others:
         return first
     rows = torch.cat([rows for mini_batch in others for rows in mini_batch])
-    rows = rows[lengths[rows].argsort(descending=True, stable=True)]
+    rows = longest_first(rows, lengths)
     return [*first, *rows.split(batch_size)]
+
+
+def longest_first(rows: Tensor, lengths: Tensor) -> Tensor:
+    """The samples `rows` by their `lengths`, so that those that go together need little padding."""
+    return rows[lengths[rows].argsort(descending=True, stable=True)]
