@@ -211,7 +211,8 @@ def test_real_files(tiny: Path, stage: str, name: str, rows: int):
 @pytest.mark.parametrize("target", ["check-data", "pretrain", "sft", "rankings", "sweep", "lesson"])
 def test_a_name_with_spaces_reaches_the_command(target: str) -> None:
     """Broken once: "text.txt belongs to no field"."""
-    command = ["make", "--dry-run", target, "PROFILE=own", "DATA=my text (2).txt"]
+    command = ["make", "--dry-run", "--no-print-directory", target]
+    command += ["PROFILE=own", "DATA=my text (2).txt"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     words = shlex.split(done.stdout.splitlines()[-1])
     assert words[words.index("--data") + 1] == "my text (2).txt"

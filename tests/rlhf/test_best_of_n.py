@@ -118,15 +118,15 @@ def test_rows_that_ask_alike_have_answers_of_their_own(policy_path: str) -> None
     """
 
     def right(rows: Any, answers: Any) -> list[float]:
-        pairs = zip(rows, answers, strict=True)
-        return [float(answer.text.count(row["answer"])) for row, answer in pairs]
+        signs = [1.0 if row["wanted"] == "long" else -1.0 for row in rows]
+        return [sign * len(answer.text) for sign, answer in zip(signs, answers, strict=True)]
 
     policy = AutoModelForCausalLM.from_pretrained(policy_path)
     chooser = Chooser(policy, build_tokenizer(16), right, draws=16, max_new_tokens=6)
     prompt = as_chat("w4")
-    rows = [{"prompt": prompt, "answer": word} for word in ("w5", "w6")]
-    for row, (text, score) in zip(rows, chooser.best(rows, 16), strict=True):
-        assert score == text.count(str(row["answer"])) > 0
+    rows = [{"prompt": prompt, "wanted": "long"}, {"prompt": prompt, "wanted": "short"}]
+    (long, score), (short, other) = chooser.best(rows, 16)
+    assert (score, other) == (len(long), -len(short)) and len(long) > len(short)
 
 
 def test_drawn_ids_end_with_the_end_or_not_at_all(policy_path: str) -> None:
