@@ -14,8 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from common.device import can_compile
 
-# On a CPU: kernels called from C++; tanh by way of an exponential, which is cheaper (docs/log.md)
-CPU_OPTIONS: dict[str, Any] = {"cpp_wrapper": True, "cpp.use_decompose_tanh": True}
+VECTOR_BITS = {"AVX2": 256, "AVX512": 512}
 WORTH_SECONDS = 120.0  # of training uncompiled: 48 s to compile, two fifths saved
 TIMED_PASSES = 3
 
@@ -49,11 +48,25 @@ def compile_if_worth(
             [seconds] = broadcast_object_list([seconds])
             if seconds < WORTH_SECONDS:
                 return loss_of
-        compiled = torch.compile(loss_of, options=CPU_OPTIONS if on_cpu else None)
+        compiled = torch.compile(loss_of, options=cpu_options() if on_cpu else None)
         start = time.perf_counter()
         one_pass(compiled)
         accelerator.print(f"pretrain: compiled in {time.perf_counter() - start:.0f} s")
     return compiled
+
+
+def cpu_options() -> dict[str, Any]:
+    """Kernels called from C++; tanh by way of an exponential, which is cheaper (docs/log.md).
+
+    And how wide this CPU's vectors are, or the compiler takes from its cache, which may have come
+    from another machine, kernels for wider ones: with PyTorch 2.13 they give wrong losses in
+    silence.
+    """
+    return {
+        "cpp_wrapper": True,
+        "cpp.use_decompose_tanh": True,
+        "cpp.simdlen": VECTOR_BITS.get(torch.backends.cpu.get_cpu_capability()),
+    }
 
 
 def time_pass(loss_of: Any, one_pass: Callable[[Any], None], on_gpu: bool) -> float:
