@@ -167,8 +167,11 @@ def test_a_reward_that_pays_for_tokens_shows(build: Build) -> None:
     def length(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [3.0 * len(ids) for ids in completion_ids]
 
-    for func, expected in ((length, 1.0), (lambda completion_ids, **_: [1.0] * 16, 0.0)):
-        trainer = build(reward_funcs=func, num_updates=1)
+    def alike(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [1.0] * len(completion_ids)
+
+    for func, expected in ((length, 1.0), (alike, 0.0)):
+        trainer = build(reward_funcs=func, num_updates=1, per_device_train_batch_size=8)
         trainer.train()
         (line,) = [line for line in trainer.state.log_history if "score" in line]
         assert line["score_length_correlation"] == pytest.approx(expected, abs=1e-5)
