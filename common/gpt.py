@@ -14,6 +14,7 @@ checkpoint that plain transformers reads. Importing this module makes `AutoModel
 TRL, given a Qwen3 or GPT-2 checkpoint, load the classes written here.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -60,6 +61,9 @@ __all__ = [
     "build_config",
     "build_gpt",
 ]
+
+# PyTorch says so of RMSNorm, whose weights stay in float32 under autocast, as they are meant to.
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
 
 
 class RMSNorm(nn.Module):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from common.device import has_bf16
 from common.errors import UserError
 from common.lengths import leave_room
 from common.tasks import HELD_OUT_SHARE, Task, open_task, require_data
+
+# TRL 1.16 reads a name that transformers 5.23 has renamed: nothing that a user could change.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 # TRL's defaults are for large models on GPUs; these are for any size on anything.
 TRAINER_DEFAULTS = {

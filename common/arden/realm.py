@@ -18,9 +18,7 @@ import json
 import re
 import statistics
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,14 +159,6 @@ def describe(realm: Realm, documents: list[Document], pretrain: dict[str, Any]) 
     }
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without PyTorch's warning that RMSNorm's weights stay in float32 under autocast."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Mismatch dtype")
-        yield
-
-
 def step_seconds(pretrain: dict[str, Any]) -> float:
     """Seconds of forward and backward of one pretraining step: the median of a few.
 
@@ -201,7 +191,7 @@ def step_seconds(pretrain: dict[str, Any]) -> float:
     times = []
     for _ in range(1 + TIMED_STEPS):  # the first warms up
         start = clock()
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16()), quiet():
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16()):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         loss.item()  # waits for the device
