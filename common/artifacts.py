@@ -210,7 +210,7 @@ class StageOutput:
         if self.replaces:
             self._clear()
             self.replaces = False
-        code = {"commit": _git_commit(), "packages": _package_versions()}
+        code = {"commit": git_commit(), "packages": _package_versions()}
         write_json(self.path / "manifest.json", self.manifest | code)
         write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
 
@@ -426,7 +426,8 @@ def first_difference(
     return ""
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
+    """Of the code that runs, `-dirty` behind it if it was changed since."""
     try:
         here = Path(__file__).parent
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]

@@ -1,12 +1,17 @@
-"""What the machine at hand can do."""
+"""What the machine at hand is, and can do."""
 
+import datetime
 import os
+import platform
 import shlex
 import shutil
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from common.artifacts import git_commit
 
 LONGEST_WRITTEN_OUT = {True: 256, False: 128}  # by whether bfloat16 is fast
 
@@ -37,3 +42,21 @@ def can_compile() -> bool:
     compiler, *_ = shlex.split(os.environ.get("CXX", "g++"))
     headers = Path(sysconfig.get_paths()["include"], "Python.h")
     return shutil.which(compiler) is not None and headers.exists()
+
+
+def measured_by() -> dict[str, Any]:
+    """What a benchmark's figures are of: `date`, `commit`, `machine`, `torch`."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": git_commit(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    """The processor's name, as Linux gives it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

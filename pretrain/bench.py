@@ -11,9 +11,7 @@ goes through all of them, so that both sides see the machine at its best and wor
 each figure is: docs/pretrain.md.
 """
 
-import datetime
 import os
-import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from common.artifacts import write_json
 from common.config import parse_config, require, run
+from common.device import measured_by
 from common.errors import UserError
 from common.tasks import load_task
 from pretrain.bench_runs import Run, Shape, copy_nanogpt, run_nanogpt, run_ours
@@ -100,13 +99,7 @@ def main() -> None:
     task = load_task(config.data, plays=True)
     if config.nanogpt:
         copy_nanogpt(Path(config.nanogpt), folder / "nanogpt", task)
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "machine": _processor(),
-        "torch": torch.__version__,
-        "threads": config.threads,
-        "target_steps": config.target_steps,
-    }
+    about = measured_by() | {"threads": config.threads, "target_steps": config.target_steps}
     run_rounds(config, about, "pretrain.json", partial(one_round, config, folder))
 
 
@@ -251,14 +244,6 @@ def format_table(figures: dict[str, float | None]) -> list[str]:
         three = (figures[name], figures[f"{name}_min"], figures[f"{name}_max"])
         lines.append(f"{name:<36}" + "".join(f"{text(value):>12}" for value in three))
     return lines
-
-
-def _processor() -> str:
-    """The processor's name, as Linux gives it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ took. nanoGPT keeps the checkpoint of its least sampled loss, and that one is me
 `pretrain_gpu.json`; what each figure is: docs/pretrain.md.
 """
 
-import datetime
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from common.config import parse_config, require, run
+from common.device import measured_by
 from common.errors import UserError
 from common.gpt import build_config, build_gpt
 from common.tasks import load_task
@@ -70,12 +70,8 @@ def main() -> None:
     blank = folder / "gpt2_blank"
     flops = flops_per_token(save_blank(blank))
     train_characters(task.tokenizer_texts()).save_pretrained(blank)
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "machine": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-    }
-    run_rounds(config, about, "pretrain_gpu.json", partial(one_round, config, folder, blank, flops))
+    one = partial(one_round, config, folder, blank, flops)
+    run_rounds(config, measured_by(), "pretrain_gpu.json", one)
 
 
 def save_blank(folder: Path) -> Any:

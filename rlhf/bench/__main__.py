@@ -30,6 +30,7 @@ from typing import Any
 
 from common.artifacts import write_json
 from common.config import run
+from common.device import measured_by
 from common.errors import UserError
 from rlhf.bench.problem import Problem, create, write
 
@@ -281,7 +282,7 @@ def main() -> None:
 def keep(figures: Figures, folder: Path) -> None:
     """Write what has been measured so far."""
     rounded = {figure: float(f"{value:.4g}") for figure, value in figures.items()}
-    write_json(folder / "rlhf.json", rounded)
+    write_json(folder / "rlhf.json", measured_by() | rounded)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import common.gpt  # noqa: F401 - so that Auto classes load our GPT
 from common.artifacts import write_json
 from common.config import run
 from common.decoding import sample_unended
+from common.device import measured_by
 from common.errors import UserError
 from common.graph_decoding import GraphSampler
 from rlhf.bench.__main__ import Figures, spread
@@ -171,7 +172,7 @@ def main() -> None:
     folder = args.output_dir / "decoding"
     folder.mkdir(parents=True, exist_ok=True)
     create(PROBLEM, folder)
-    written: dict[str, Any] = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
+    written: dict[str, Any] = measured_by()
     parts = [partial(bench_ways, folder, args.rounds)]
     parts += [partial(bench_ppo, folder, way, args.rounds) for way in ("leaving", "graph_bf16")]
     for part in parts:

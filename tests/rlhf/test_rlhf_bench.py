@@ -177,3 +177,4 @@ def test_ratios_of_known_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (figures["memory_ratio"], figures["memory_ratio_shared"]) == (0.5, 0.25)
     assert figures["lengths_separate_samples_per_second"] == 32 / 4
     assert figures["reward_trl112_updates_max"] == 5
+    assert figures.keys() > {"date", "commit", "machine", "torch"}
