@@ -8,18 +8,16 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 
 from common.config import as_flags
 from common.token_file import write_token_file
 from common.tokenizer import train_characters
-from tests.launch import stage_start
+from tests.launch import kill_when, stage_start
 
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
@@ -223,13 +221,7 @@ def test_sharded_run_goes_on_after_a_kill(folder: Path, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     first = killed / "checkpoints" / "checkpoint-4" / "trainer_state.json"
     command = stage_command("rlhf", folder, output_dir=killed, **fields)
-    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, env=ENVIRONMENT, **quiet) as process:
-        while not first.exists():
-            assert process.poll() is None, "it ended without a checkpoint"
-            time.sleep(0.01)
-        for one in (*psutil.Process(process.pid).children(recursive=True), process):
-            one.kill()
+    kill_when(first, command, ENVIRONMENT)
     assert not (killed / "summary.json").exists(), "it ended before it was killed"
     run_stage("rlhf", folder, output_dir=killed, **fields)
     assert weights_differ(tmp_path / "whole", killed) == 0.0

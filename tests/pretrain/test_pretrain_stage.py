@@ -4,16 +4,14 @@ import json
 import os
 import re
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 
 from common.config import as_flags
-from tests.launch import stage_start
+from tests.launch import kill_when, stage_start
 
 TINY = {
     "data": "arden",
@@ -95,10 +93,7 @@ def test_leaves_all_artifacts(finished: Path) -> None:
 def test_killed_and_resumed_is_bit_for_bit_the_same(finished: Path, tmp_path: Path) -> None:
     """Seen to fail with the optimizers' state left out of the checkpoint."""
     output = tmp_path / "pretrain"
-    with subprocess.Popen(command(output), stderr=subprocess.DEVNULL, env=ENVIRONMENT) as process:
-        while not (output / "checkpoints" / "step-20").exists():
-            time.sleep(0.002)
-        process.kill()
+    kill_when(output / "checkpoints" / "step-20", command(output), ENVIRONMENT)
     assert not (output / "summary.json").exists(), "it ended before it was killed"
     run_pretrain(output)
     assert weights_differ(finished, output) == 0.0
@@ -136,12 +131,7 @@ def test_adamw_alone_is_sharded_and_goes_on(tmp_path: Path) -> None:
     run_pretrain(tmp_path / "whole", **fields)
     fields |= {"per_device_train_batch_size": 2, "processes": 2, "sharded": True}
     killed = tmp_path / "killed"
-    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command(killed, **fields), env=ENVIRONMENT, **quiet) as process:
-        while not (killed / "checkpoints" / "step-20").exists():
-            time.sleep(0.002)
-        for one in (*psutil.Process(process.pid).children(recursive=True), process):
-            one.kill()
+    kill_when(killed / "checkpoints" / "step-20", command(killed, **fields), ENVIRONMENT)
     assert not (killed / "summary.json").exists(), "it ended before it was killed"
     run_pretrain(killed, **fields)
     assert weights_differ(tmp_path / "whole", killed) < 1e-4
